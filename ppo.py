@@ -1,0 +1,58 @@
+"""Proximal Policy Optimization (PPO) in one file, to be read from top to bottom.
+
+    python ppo.py                                                        # CartPole-v1, 25,000 steps
+
+PPO repeats two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update: these data
+serve several epochs of minibatch gradient steps, while a clipped objective keeps the policy near the one that collected
+them. Details, some from the paper and some known only from its code, make up PPO as it is used.
+
+Sources, by the names that the comments use:
+    [PPO]        Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+    [baselines]  the original implementation: github.com/openai/baselines, folder baselines/ppo2
+    [Huang]      Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def fail(message, exit_code=2):
+    """Exit with one line on standard error. Exit code 2: the input was wrong; 1: the run broke."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def parse_args(argv=None):
+    """Read and check the command line; ``argv`` is a list of strings, None means ``sys.argv[1:]``.
+
+    Returns an ``argparse.Namespace`` with one attribute per flag. Bad input exits with code 2 and one line.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail  # argparse's own prints the usage too, in which the one line that matters is lost
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--exp-name", default=Path(__file__).stem, help="name of the experiment")
+    run.add_argument("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id; module:Id imports module first")
+    run.add_argument("--total-timesteps", type=int, default=25000, help="of all environments together")
+    run.add_argument("--seed", type=int, default=1, help="of random, numpy, torch and the environments")
+    args = parser.parse_args(argv)
+
+    def check(names, holds, rule):
+        for name in names.split():
+            value = getattr(args, name)
+            if not holds(value):  # NaN fails every comparison, so it never holds
+                fail(f"--{name.replace('_', '-')} must be {rule}, got {value}")
+
+    check("total_timesteps", lambda x: x >= 1, "at least 1")
+    check("seed", lambda x: 0 <= x < 2**32, "between 0 and 4294967295, as numpy wants it")
+    return args
+
+
+def main(argv=None):
+    for name, value in vars(parse_args(argv)).items():
+        print(f"{name}={' '.join(str(value).split())}")
+
+
+if __name__ == "__main__":
+    main()
