@@ -1,6 +1,7 @@
 """Proximal Policy Optimization (PPO) in one file, to be read from top to bottom.
 
     python ppo.py                                                        # CartPole-v1, 25,000 steps
+    tensorboard --logdir runs                                            # the curves, in a browser
 
 PPO repeats two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update: these data
 serve several epochs of minibatch gradient steps, while a clipped objective keeps the policy near the one that collected
@@ -13,8 +14,14 @@ Sources, by the names that the comments use:
 """
 
 import argparse
+import contextlib
+import itertools
+import re
 import sys
+import time
 from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
 
 
 def fail(message, exit_code=2):
@@ -49,9 +56,29 @@ def parse_args(argv=None):
     return args
 
 
-def main(argv=None):
-    for name, value in vars(parse_args(argv)).items():
+def train(args):
+    """Log what ``args`` from :func:`parse_args` say to runs/<run_name>."""
+    # A run's name is its own: if another run took it in the same second, this one takes the next second.
+    Path("runs").mkdir(exist_ok=True)
+    for second in itertools.count(int(time.time())):
+        run_name = re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+        with contextlib.suppress(FileExistsError):
+            Path("runs", run_name).mkdir()
+            break
+    for name, value in vars(args).items():
         print(f"{name}={' '.join(str(value).split())}")
+    writer = SummaryWriter(f"runs/{run_name}")
+    writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+
+    writer.close()
+    print(f"results: runs/{run_name}")
+
+
+def main(argv=None):
+    try:
+        train(parse_args(argv))
+    except OSError as error:  # a full disk, or a folder that may not be written to
+        fail(error, exit_code=1)
 
 
 if __name__ == "__main__":
