@@ -1,6 +1,7 @@
 """Proximal Policy Optimization (PPO) in one file, to be read from top to bottom.
 
     python ppo.py                                                        # CartPole-v1, 25,000 steps
+    python ppo.py --env-id Acrobot-v1 --total-timesteps 500000 --track   # logged to Weights & Biases too
     tensorboard --logdir runs                                            # the curves, in a browser
 
 PPO repeats two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update: these data
@@ -38,11 +39,22 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail  # argparse's own prints the usage too, in which the one line that matters is lost
 
+    def boolean(text):
+        return ("false", "true").index(text.lower()) == 1  # any other text: ValueError, which argparse reports
+
+    def add_bool(group, name, **kwargs):
+        """--name, --no-name, --name False and --name=false: sweep tools write the last form."""
+        group.add_argument(f"--{name}", type=boolean, nargs="?", const=True, metavar="BOOL", **kwargs)
+        group.add_argument(f"--no-{name}", dest=name.replace("-", "_"), action="store_false", help=argparse.SUPPRESS)
+
     run = parser.add_argument_group("the run")
     run.add_argument("--exp-name", default=Path(__file__).stem, help="name of the experiment")
     run.add_argument("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id; module:Id imports module first")
     run.add_argument("--total-timesteps", type=int, default=25000, help="of all environments together")
     run.add_argument("--seed", type=int, default=1, help="of random, numpy, torch and the environments")
+    add_bool(run, "track", default=False, help="log to Weights & Biases too")
+    run.add_argument("--wandb-project-name", default="cleanrl", help="W&B project")
+    run.add_argument("--wandb-entity", default=None, help="W&B user or team; None is your own")
     args = parser.parse_args(argv)
 
     def check(names, holds, rule):
@@ -58,6 +70,18 @@ def parse_args(argv=None):
 
 def train(args):
     """Log what ``args`` from :func:`parse_args` say to runs/<run_name>."""
+    if args.track:
+        try:
+            import wandb  # takes a second, so only when it is asked for
+
+            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+                raise RuntimeError("run `wandb login` first, or set WANDB_MODE=offline to do without an account")
+            # Before the SummaryWriter: sync_tensorboard sends what TensorBoard gets, at its global_step.
+            project, entity = args.wandb_project_name, args.wandb_entity
+            wandb.init(project=project, entity=entity, config=vars(args), sync_tensorboard=True, save_code=True)
+        except Exception as error:
+            fail(f"--track: {error}")
+
     # A run's name is its own: if another run took it in the same second, this one takes the next second.
     Path("runs").mkdir(exist_ok=True)
     for second in itertools.count(int(time.time())):
@@ -65,12 +89,16 @@ def train(args):
         with contextlib.suppress(FileExistsError):
             Path("runs", run_name).mkdir()
             break
+    if args.track:
+        wandb.run.name = run_name
     for name, value in vars(args).items():
         print(f"{name}={' '.join(str(value).split())}")
     writer = SummaryWriter(f"runs/{run_name}")
     writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
 
     writer.close()
+    if args.track:
+        wandb.finish()
     print(f"results: runs/{run_name}")
 
 
