@@ -17,11 +17,15 @@ Sources, by the names that the comments use:
 import argparse
 import contextlib
 import itertools
+import os
+import random
 import re
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -52,6 +56,9 @@ def parse_args(argv=None):
     run.add_argument("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id; module:Id imports module first")
     run.add_argument("--total-timesteps", type=int, default=25000, help="of all environments together")
     run.add_argument("--seed", type=int, default=1, help="of random, numpy, torch and the environments")
+    add_bool(run, "torch-deterministic", default=True, help="deterministic algorithms where torch has them")
+    add_bool(run, "cuda", default=True, help="use a GPU if there is one")
+    run.add_argument("--num-threads", type=int, default=1, help="torch CPU threads; 1: same numbers on any core count")
     add_bool(run, "track", default=False, help="log to Weights & Biases too")
     run.add_argument("--wandb-project-name", default="cleanrl", help="W&B project")
     run.add_argument("--wandb-entity", default=None, help="W&B user or team; None is your own")
@@ -64,6 +71,7 @@ def parse_args(argv=None):
                 fail(f"--{name.replace('_', '-')} must be {rule}, got {value}")
 
     check("total_timesteps", lambda x: x >= 1, "at least 1")
+    check("num_threads", lambda x: 1 <= x <= 1024, "between 1 and 1024")
     check("seed", lambda x: 0 <= x < 2**32, "between 0 and 4294967295, as numpy wants it")
     return args
 
@@ -99,6 +107,16 @@ def train(args):
     writer.close()
     if args.track:
         wandb.finish()
+
+    # Seeds: from here on, only the algorithm draws from these generators.
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need to be deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.set_num_threads(args.num_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    print(f"device={device}")
     print(f"results: runs/{run_name}")
 
 
