@@ -6,10 +6,14 @@
 
 PPO repeats two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update: these data
 serve several epochs of minibatch gradient steps, while a clipped objective keeps the policy near the one that collected
-them. Details, some from the paper and some known only from its code, make up PPO as it is used.
+them. Details, some from the paper and some known only from its code, make up PPO as it is used. Each is explained where
+it happens (search for "Detail 1", say); the loop that ties them together is train():
+
+     1. vectorized environments
 
 Sources, by the names that the comments use:
     [PPO]        Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+    [A3C]        Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv:1602.01783
     [baselines]  the original implementation: github.com/openai/baselines, folder baselines/ppo2
     [Huang]      Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
 """
@@ -17,16 +21,20 @@ Sources, by the names that the comments use:
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import random
 import re
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 
 def fail(message, exit_code=2):
@@ -38,7 +46,8 @@ def fail(message, exit_code=2):
 def parse_args(argv=None):
     """Read and check the command line; ``argv`` is a list of strings, None means ``sys.argv[1:]``.
 
-    Returns an ``argparse.Namespace`` with one attribute per flag. Bad input exits with code 2 and one line.
+    Returns an ``argparse.Namespace`` with one attribute per flag and the derived sizes ``batch_size`` (in environment
+    steps) and ``num_updates``. Bad input exits with code 2 and one line.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail  # argparse's own prints the usage too, in which the one line that matters is lost
@@ -62,6 +71,10 @@ def parse_args(argv=None):
     add_bool(run, "track", default=False, help="log to Weights & Biases too")
     run.add_argument("--wandb-project-name", default="cleanrl", help="W&B project")
     run.add_argument("--wandb-entity", default=None, help="W&B user or team; None is your own")
+    add_bool(run, "capture-video", default=False, help="record videos of the first environment to videos/<run_name>")
+    data = parser.add_argument_group("the data")
+    data.add_argument("--num-envs", type=int, default=4, help="N, environments that are stepped together")
+    data.add_argument("--num-steps", type=int, default=128, help="T, steps per environment and rollout")
     args = parser.parse_args(argv)
 
     def check(names, holds, rule):
@@ -70,14 +83,56 @@ def parse_args(argv=None):
             if not holds(value):  # NaN fails every comparison, so it never holds
                 fail(f"--{name.replace('_', '-')} must be {rule}, got {value}")
 
-    check("total_timesteps", lambda x: x >= 1, "at least 1")
+    check("total_timesteps num_envs num_steps", lambda x: x >= 1, "at least 1")
     check("num_threads", lambda x: 1 <= x <= 1024, "between 1 and 1024")
     check("seed", lambda x: 0 <= x < 2**32, "between 0 and 4294967295, as numpy wants it")
+    args.batch_size = args.num_envs * args.num_steps
+    args.num_updates = args.total_timesteps // args.batch_size
+    batch = f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = {args.batch_size} steps"
+    if args.num_updates < 1:
+        fail(f"--total-timesteps {args.total_timesteps} is less than {batch}")
     return args
+
+
+def make_env(env_id, seed, render_mode=None, video_folder=None):
+    """Return a function that makes one environment, which is what a vectorized environment is built from.
+
+    Observations come as flat vectors; each finished episode reports its return and length in steps. With a
+    ``video_folder`` (and ``render_mode="rgb_array"``) episodes 0, 1, 8, 27, 64, ... become mp4 files there. ``seed`` is
+    that of the spaces; ``reset`` takes the environment's own. Raises ValueError for spaces that it cannot handle.
+    """
+
+    def thunk():
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))  # not all environments know it
+        if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
+            raise ValueError(f"its action space is {env.action_space}, but only Discrete (from 0) is supported")
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)  # Discrete becomes one-hot, Dict and Tuple one long vector
+        if not isinstance(env.observation_space, gym.spaces.Box):
+            raise ValueError(f"its observation space {env.observation_space} has no fixed size")
+        env = gym.wrappers.RecordEpisodeStatistics(env)
+        if video_folder is not None:
+            env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
+        env.action_space.seed(seed)
+        env.observation_space.seed(seed)
+        return env
+
+    return thunk
 
 
 def train(args):
     """Log what ``args`` from :func:`parse_args` say to runs/<run_name>."""
+    # What can be wrong with the environment or the account should show before anything is written.
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # its greeting does not belong on standard output
+    render_mode = "rgb_array" if args.capture_video else None
+    try:
+        env = make_env(args.env_id, args.seed, render_mode)()
+        env.reset(seed=args.seed)
+        if args.capture_video and not isinstance(env.render(), np.ndarray):
+            raise ValueError("it does not render images")
+        env.close()
+    except Exception as error:  # environments raise anything; their users need the reason, not our traceback
+        fail(f"--env-id {args.env_id}{' --capture-video' * args.capture_video}: {str(error) or repr(error)}")
     if args.track:
         try:
             import wandb  # takes a second, so only when it is asked for
@@ -99,14 +154,11 @@ def train(args):
             break
     if args.track:
         wandb.run.name = run_name
-    for name, value in vars(args).items():
+    properties = {"observation_space": env.observation_space, "action_space": env.action_space}
+    for name, value in (vars(args) | properties | {"max_episode_steps": env.spec.max_episode_steps}).items():
         print(f"{name}={' '.join(str(value).split())}")
     writer = SummaryWriter(f"runs/{run_name}")
     writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-
-    writer.close()
-    if args.track:
-        wandb.finish()
 
     # Seeds: from here on, only the algorithm draws from these generators.
     random.seed(args.seed)
@@ -116,8 +168,62 @@ def train(args):
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    print(f"device={device}")
-    print(f"results: runs/{run_name}")
+
+    # Detail 1: N environments are stepped together: one forward pass serves them all, and a batch holds N independent
+    # stretches of play, less alike than one long stretch. An episode's end resets its environment in the same step:
+    # next_obs is then the next episode's first observation. ([A3C]; [PPO] Algorithm 1: N actors)
+    video_folder = f"videos/{run_name}" if args.capture_video else None
+    thunks = [make_env(args.env_id, args.seed, render_mode, video_folder)]  # only the first one is filmed
+    thunks += [make_env(args.env_id, args.seed + i) for i in range(1, args.num_envs)]
+    envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+    envs.reset(seed=args.seed)
+    global_step = 0
+    recent_returns, logged_videos = deque(maxlen=100), set()
+    start_time = time.perf_counter()
+    bar = tqdm(total=args.num_updates * args.batch_size, unit="step", disable=None)  # None: only on a terminal
+    try:
+        for _ in range(args.num_updates):
+            # Rollout
+            for _ in range(args.num_steps):
+                global_step += args.num_envs
+                _, _, terminations, truncations, infos = envs.step(envs.action_space.sample())
+                if "final_info" in infos:
+                    finished = infos["_final_info"]  # (num_envs,), True where an episode ended
+                    episodes = infos["final_info"]["episode"]  # a dict of arrays: (num_envs,)
+                    episode_returns, lengths = episodes["r"][finished], episodes["l"][finished]
+                    for r, length in zip(episode_returns, lengths, strict=True):
+                        bar.write(f"global_step={global_step}, episodic_return={r}, episodic_length={length}")
+                    recent_returns.extend(episode_returns)
+                    # Episodes that end in the same step share one point, their mean.
+                    writer.add_scalar("charts/episodic_return", episode_returns.mean(), global_step)
+                    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
+                    if args.track and args.capture_video and finished[0]:
+                        log_videos(video_folder, logged_videos, global_step)
+
+            sps = int(global_step / (time.perf_counter() - start_time))
+            writer.add_scalar("charts/SPS", sps, global_step)
+            bar.set_postfix(SPS=sps, mean_return=np.mean(recent_returns or [math.nan]), refresh=False)
+            bar.update(args.batch_size)
+            sys.stdout.flush()  # a record in a file or a pipe is complete up to this update
+    finally:
+        envs.close()  # which finishes a video
+        writer.close()
+        bar.close()
+        if args.track:
+            if args.capture_video:
+                log_videos(video_folder, logged_videos, global_step)
+            wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+    print(f"results: runs/{run_name}" + f" and {video_folder}" * args.capture_video)
+
+
+def log_videos(video_folder, logged, global_step):
+    """Give W&B the videos finished since the last call. (Its own monitor_gym breaks with Gymnasium 1.0 and later.)"""
+    import wandb
+
+    for path in sorted(set(Path(video_folder).glob("*.mp4")) - logged):
+        wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": global_step})
+        logged.add(path)
 
 
 def main(argv=None):
