@@ -10,6 +10,7 @@ them. Details, some from the paper and some known only from its code, make up PP
 it happens (search for "Detail 1", say); the loop that ties them together is train():
 
      1. vectorized environments
+     2. orthogonal initialization
 
 Sources, by the names that the comments use:
     [PPO]        Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -33,6 +34,8 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.nn as nn
+from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -120,8 +123,48 @@ def make_env(env_id, seed, render_mode=None, video_folder=None):
     return thunk
 
 
+def layer_init(layer, gain=2**0.5, bias=0.0):
+    """Fill ``layer.weight`` with orthogonal rows (or columns) of length ``gain`` and ``layer.bias`` with a constant."""
+    # Detail 2: an orthogonal matrix stretches all directions alike, so that neither signals nor gradients vanish or
+    # explode in a fresh network. These gains are the original code's. (baselines; Saxe et al. 2014, arXiv:1312.6120)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.constant_(layer.bias, bias)
+    return layer
+
+
+def mlp(in_features, out_features, gain):  # gain: that of the last layer
+    hidden = [layer_init(nn.Linear(in_features, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
+    return nn.Sequential(*hidden, layer_init(nn.Linear(64, out_features), gain))
+
+
+class Agent(nn.Module):
+    """Two networks: the critic estimates V(s), the expected discounted return; the actor gives pi(a|s) as logits."""
+
+    def __init__(self, obs_dim, num_actions):
+        super().__init__()
+        self.critic = mlp(obs_dim, 1, gain=1.0)
+        self.actor = mlp(obs_dim, num_actions, gain=0.01)  # all actions start about equally likely
+
+    def get_value(self, obs):
+        """obs: (batch, obs_dim). Returns V(s): (batch,)."""
+        return self.critic(obs).squeeze(-1)
+
+    def get_action_and_value(self, obs, action=None):
+        """obs: (batch, obs_dim). Returns the action, drawn from the policy unless it is given, its log-probability, the
+        policy's entropy in nats, and V(s): (batch,) each.
+        """
+        policy = Categorical(logits=self.actor(obs), validate_args=False)  # train checks once per update
+        if action is None:
+            action = policy.sample()
+        return action, policy.log_prob(action), policy.entropy(), self.get_value(obs)
+
+
 def train(args):
-    """Log what ``args`` from :func:`parse_args` say to runs/<run_name>."""
+    """Let an agent play as ``args`` from :func:`parse_args` say, and return it.
+
+    Prints one line per episode and logs to runs/<run_name>. Exits with code 2, before it has made a file, if the
+    environment or the W&B account cannot be used.
+    """
     # What can be wrong with the environment or the account should show before anything is written.
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # its greeting does not belong on standard output
     render_mode = "rgb_array" if args.capture_video else None
@@ -177,7 +220,9 @@ def train(args):
     thunks += [make_env(args.env_id, args.seed + i) for i in range(1, args.num_envs)]
     envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
-    envs.reset(seed=args.seed)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n).to(device)
+
+    next_obs = torch.as_tensor(envs.reset(seed=args.seed)[0], dtype=torch.float32, device=device)  # (num_envs, obs_dim)
     global_step = 0
     recent_returns, logged_videos = deque(maxlen=100), set()
     start_time = time.perf_counter()
@@ -187,7 +232,10 @@ def train(args):
             # Rollout
             for _ in range(args.num_steps):
                 global_step += args.num_envs
-                _, _, terminations, truncations, infos = envs.step(envs.action_space.sample())
+                with torch.no_grad():
+                    action, _, _, _ = agent.get_action_and_value(next_obs)
+                next_obs, _, _, _, infos = envs.step(action.cpu().numpy())
+                next_obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
                 if "final_info" in infos:
                     finished = infos["_final_info"]  # (num_envs,), True where an episode ended
                     episodes = infos["final_info"]["episode"]  # a dict of arrays: (num_envs,)
@@ -215,6 +263,7 @@ def train(args):
                 log_videos(video_folder, logged_videos, global_step)
             wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
     print(f"results: runs/{run_name}" + f" and {video_folder}" * args.capture_video)
+    return agent
 
 
 def log_videos(video_folder, logged, global_step):
