@@ -11,6 +11,7 @@ it happens (search for "Detail 1", say); the loop that ties them together is tra
 
      1. vectorized environments
      2. orthogonal initialization
+     3. Adam's epsilon
 
 Sources, by the names that the comments use:
     [PPO]        Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -78,6 +79,8 @@ def parse_args(argv=None):
     data = parser.add_argument_group("the data")
     data.add_argument("--num-envs", type=int, default=4, help="N, environments that are stepped together")
     data.add_argument("--num-steps", type=int, default=128, help="T, steps per environment and rollout")
+    update = parser.add_argument_group("the update")
+    update.add_argument("--learning-rate", type=float, default=2.5e-4, help="Adam's step size")
     args = parser.parse_args(argv)
 
     def check(names, holds, rule):
@@ -87,6 +90,7 @@ def parse_args(argv=None):
                 fail(f"--{name.replace('_', '-')} must be {rule}, got {value}")
 
     check("total_timesteps num_envs num_steps", lambda x: x >= 1, "at least 1")
+    check("learning_rate", lambda x: 0 <= x <= 1e30, "finite (up to 1e30) and not negative")
     check("num_threads", lambda x: 1 <= x <= 1024, "between 1 and 1024")
     check("seed", lambda x: 0 <= x < 2**32, "between 0 and 4294967295, as numpy wants it")
     args.batch_size = args.num_envs * args.num_steps
@@ -221,6 +225,9 @@ def train(args):
     envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n).to(device)
+    # Detail 3: Adam divides each step by sqrt(mean squared gradient) + eps. 1e-5, not PyTorch's 1e-8, keeps the steps
+    # small where gradients are tiny and mostly noise. (baselines)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
 
     next_obs = torch.as_tensor(envs.reset(seed=args.seed)[0], dtype=torch.float32, device=device)  # (num_envs, obs_dim)
     global_step = 0
@@ -251,6 +258,7 @@ def train(args):
 
             sps = int(global_step / (time.perf_counter() - start_time))
             writer.add_scalar("charts/SPS", sps, global_step)
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
             bar.set_postfix(SPS=sps, mean_return=np.mean(recent_returns or [math.nan]), refresh=False)
             bar.update(args.batch_size)
             sys.stdout.flush()  # a record in a file or a pipe is complete up to this update
