@@ -12,6 +12,7 @@ it happens (search for "Detail 1", say); the loop that ties them together is tra
      1. vectorized environments
      2. orthogonal initialization
      3. Adam's epsilon
+     4. learning rate annealing
 
 Sources, by the names that the comments use:
     [PPO]        Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -81,6 +82,7 @@ def parse_args(argv=None):
     data.add_argument("--num-steps", type=int, default=128, help="T, steps per environment and rollout")
     update = parser.add_argument_group("the update")
     update.add_argument("--learning-rate", type=float, default=2.5e-4, help="Adam's step size")
+    add_bool(update, "anneal-lr", default=True, help="lower the learning rate linearly towards 0")
     args = parser.parse_args(argv)
 
     def check(names, holds, rule):
@@ -235,7 +237,12 @@ def train(args):
     start_time = time.perf_counter()
     bar = tqdm(total=args.num_updates * args.batch_size, unit="step", disable=None)  # None: only on a terminal
     try:
-        for _ in range(args.num_updates):
+        for update in range(1, args.num_updates + 1):
+            # Detail 4: large steps while there is much to learn, ever smaller ones to settle on what was found: linear
+            # from learning_rate in the first update to learning_rate / num_updates in the last. ([PPO] table 5)
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = (1 - (update - 1) / args.num_updates) * args.learning_rate
+
             # Rollout
             for _ in range(args.num_steps):
                 global_step += args.num_envs
