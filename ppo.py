@@ -7,15 +7,17 @@
 PPO repeats two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update: these data
 serve several epochs of minibatch gradient steps, while a clipped objective keeps the policy near the one that collected
 them. Details, some from the paper and some known only from its code, make up PPO as it is used. Each is explained where
-it happens (search for "Detail 1", say); the loop that ties them together is train():
+it happens (search for "Detail 5", say); the loop that ties them together is train():
 
      1. vectorized environments
      2. orthogonal initialization
      3. Adam's epsilon
      4. learning rate annealing
+     5. generalized advantage estimation
 
 Sources, by the names that the comments use:
     [PPO]        Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
+    [GAE]        Schulman et al. 2016, Generalized Advantage Estimation, arXiv:1506.02438
     [A3C]        Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv:1602.01783
     [baselines]  the original implementation: github.com/openai/baselines, folder baselines/ppo2
     [Huang]      Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
@@ -80,6 +82,9 @@ def parse_args(argv=None):
     data = parser.add_argument_group("the data")
     data.add_argument("--num-envs", type=int, default=4, help="N, environments that are stepped together")
     data.add_argument("--num-steps", type=int, default=128, help="T, steps per environment and rollout")
+    add_bool(data, "gae", default=True, help="generalized advantage estimation; off: discounted returns minus values")
+    data.add_argument("--gamma", type=float, default=0.99, help="discount per step, 0 to 1")
+    data.add_argument("--gae-lambda", type=float, default=0.95, help="0: least noise, most bias; 1: the opposite")
     update = parser.add_argument_group("the update")
     update.add_argument("--learning-rate", type=float, default=2.5e-4, help="Adam's step size")
     add_bool(update, "anneal-lr", default=True, help="lower the learning rate linearly towards 0")
@@ -93,6 +98,7 @@ def parse_args(argv=None):
 
     check("total_timesteps num_envs num_steps", lambda x: x >= 1, "at least 1")
     check("learning_rate", lambda x: 0 <= x <= 1e30, "finite (up to 1e30) and not negative")
+    check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
     check("num_threads", lambda x: 1 <= x <= 1024, "between 1 and 1024")
     check("seed", lambda x: 0 <= x < 2**32, "between 0 and 4294967295, as numpy wants it")
     args.batch_size = args.num_envs * args.num_steps
@@ -165,6 +171,31 @@ class Agent(nn.Module):
         return action, policy.log_prob(action), policy.entropy(), self.get_value(obs)
 
 
+def compute_advantages(rewards, values, dones, next_value, next_done, gamma, gae_lambda, gae=True):
+    """How much better each action turned out than the critic expected, and what the critic should have said.
+
+    rewards, values, dones: (num_steps, num_envs); dones[t] is 1 where the step before obs[t] ended an episode, else 0.
+    next_value, next_done: (num_envs,), the same for the observation after the last step. Episodes go on beyond the
+    rollout: next_value stands for the rewards that were not seen (bootstrapping).
+    Returns advantages A_t and returns, the critic's targets: (num_steps, num_envs) each.
+    """
+    continues = 1.0 - torch.cat([dones[1:], next_done[None]])  # (num_steps, num_envs), 0 where step t ended an episode
+    if not gae:  # R_t = r_t + gamma * R_{t+1}; A_t = R_t - V(s_t): what lambda = 1 gives too, up to rounding
+        returns, next_return = torch.zeros_like(rewards), next_value
+        for t in reversed(range(len(rewards))):
+            returns[t] = next_return = rewards[t] + gamma * continues[t] * next_return
+        return returns - values, returns
+    # Detail 5: the surprise delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) estimates A_t with little noise, but with all
+    # of the critic's error. The sum of all later ones too, discounted by gamma, cancels that error but adds up noise.
+    # Discounting by gamma * lambda lies between: A_t = delta_t + gamma * lambda * A_{t+1}. ([GAE] equations 11 to 16)
+    next_values = torch.cat([values[1:], next_value[None]])  # (num_steps, num_envs)
+    deltas = rewards + gamma * next_values * continues - values
+    advantages, next_advantage = torch.zeros_like(rewards), 0
+    for t in reversed(range(len(rewards))):
+        advantages[t] = next_advantage = deltas[t] + gamma * gae_lambda * continues[t] * next_advantage
+    return advantages, advantages + values
+
+
 def train(args):
     """Let an agent play as ``args`` from :func:`parse_args` say, and return it.
 
@@ -231,7 +262,13 @@ def train(args):
     # small where gradients are tiny and mostly noise. (baselines)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
 
+    # Storage of one rollout
+    obs = torch.zeros((args.num_steps, *envs.observation_space.shape), device=device)  # (num_steps, num_envs, obs_dim)
+    actions = torch.zeros((args.num_steps, args.num_envs), dtype=torch.long, device=device)  # (num_steps, num_envs)
+    logprobs, rewards, dones, values = torch.zeros((4, args.num_steps, args.num_envs), device=device)  # the same each
+
     next_obs = torch.as_tensor(envs.reset(seed=args.seed)[0], dtype=torch.float32, device=device)  # (num_envs, obs_dim)
+    next_done = torch.zeros(args.num_envs, device=device)  # 1 where the step before next_obs ended an episode
     global_step = 0
     recent_returns, logged_videos = deque(maxlen=100), set()
     start_time = time.perf_counter()
@@ -244,12 +281,16 @@ def train(args):
                 optimizer.param_groups[0]["lr"] = (1 - (update - 1) / args.num_updates) * args.learning_rate
 
             # Rollout
-            for _ in range(args.num_steps):
+            for step in range(args.num_steps):
                 global_step += args.num_envs
+                obs[step], dones[step] = next_obs, next_done
                 with torch.no_grad():
-                    action, _, _, _ = agent.get_action_and_value(next_obs)
-                next_obs, _, _, _, infos = envs.step(action.cpu().numpy())
+                    actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
+                next_obs, reward, terminations, truncations, infos = envs.step(actions[step].cpu().numpy())
                 next_obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
+                next_done = torch.as_tensor(terminations | truncations, dtype=torch.float32, device=device)
+                rewards[step] = torch.as_tensor(reward)
+
                 if "final_info" in infos:
                     finished = infos["_final_info"]  # (num_envs,), True where an episode ended
                     episodes = infos["final_info"]["episode"]  # a dict of arrays: (num_envs,)
@@ -263,6 +304,11 @@ def train(args):
                     if args.track and args.capture_video and finished[0]:
                         log_videos(video_folder, logged_videos, global_step)
 
+            with torch.no_grad():
+                next_value = agent.get_value(next_obs)
+            advantages, returns = compute_advantages(
+                rewards, values, dones, next_value, next_done, args.gamma, args.gae_lambda, args.gae
+            )
             sps = int(global_step / (time.perf_counter() - start_time))
             writer.add_scalar("charts/SPS", sps, global_step)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
