@@ -14,6 +14,7 @@ it happens (search for "Detail 5", say); the loop that ties them together is tra
      3. Adam's epsilon
      4. learning rate annealing
      5. generalized advantage estimation
+     6. minibatches
 
 Sources, by the names that the comments use:
     [PPO]        Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -53,8 +54,8 @@ def fail(message, exit_code=2):
 def parse_args(argv=None):
     """Read and check the command line; ``argv`` is a list of strings, None means ``sys.argv[1:]``.
 
-    Returns an ``argparse.Namespace`` with one attribute per flag and the derived sizes ``batch_size`` (in environment
-    steps) and ``num_updates``. Bad input exits with code 2 and one line.
+    Returns an ``argparse.Namespace`` with one attribute per flag and the derived sizes ``batch_size``,
+    ``minibatch_size`` (both in environment steps) and ``num_updates``. Bad input exits with code 2 and one line.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail  # argparse's own prints the usage too, in which the one line that matters is lost
@@ -88,6 +89,9 @@ def parse_args(argv=None):
     update = parser.add_argument_group("the update")
     update.add_argument("--learning-rate", type=float, default=2.5e-4, help="Adam's step size")
     add_bool(update, "anneal-lr", default=True, help="lower the learning rate linearly towards 0")
+    update.add_argument("--num-minibatches", type=int, default=4, help="equal parts that a batch is split into")
+    update.add_argument("--update-epochs", type=int, default=4, help="K, passes over each batch")
+    update.add_argument("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
     args = parser.parse_args(argv)
 
     def check(names, holds, rule):
@@ -96,14 +100,19 @@ def parse_args(argv=None):
             if not holds(value):  # NaN fails every comparison, so it never holds
                 fail(f"--{name.replace('_', '-')} must be {rule}, got {value}")
 
-    check("total_timesteps num_envs num_steps", lambda x: x >= 1, "at least 1")
-    check("learning_rate", lambda x: 0 <= x <= 1e30, "finite (up to 1e30) and not negative")
+    sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs"
+    coefficients = "learning_rate vf_coef"
+    check(sizes, lambda x: x >= 1, "at least 1")
+    check(coefficients, lambda x: 0 <= x <= 1e30, "finite (up to 1e30) and not negative")
     check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
     check("num_threads", lambda x: 1 <= x <= 1024, "between 1 and 1024")
     check("seed", lambda x: 0 <= x < 2**32, "between 0 and 4294967295, as numpy wants it")
     args.batch_size = args.num_envs * args.num_steps
+    args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_updates = args.total_timesteps // args.batch_size
     batch = f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = {args.batch_size} steps"
+    if args.batch_size % args.num_minibatches:
+        fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts")
     if args.num_updates < 1:
         fail(f"--total-timesteps {args.total_timesteps} is less than {batch}")
     return args
@@ -196,11 +205,25 @@ def compute_advantages(rewards, values, dones, next_value, next_done, gamma, gae
     return advantages, advantages + values
 
 
+def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args):
+    """The loss of one minibatch. Names with "new", and entropy, are of the current agent, the others of the rollout.
+
+    All are (minibatch_size,). Returns the loss and a dict of what to log, scalar tensors all. Of ``args`` it reads
+    vf_coef.
+    """
+    logratio = newlogprob - logprobs
+    ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
+    pg_loss = (-advantages * ratio).mean()
+    v_loss = 0.5 * ((newvalue - returns) ** 2).mean()
+    loss = pg_loss + args.vf_coef * v_loss
+    return loss, {"value_loss": v_loss, "policy_loss": pg_loss}
+
+
 def train(args):
-    """Let an agent play as ``args`` from :func:`parse_args` say, and return it.
+    """Train an agent as ``args`` from :func:`parse_args` say, and return it.
 
     Prints one line per episode and logs to runs/<run_name>. Exits with code 2, before it has made a file, if the
-    environment or the W&B account cannot be used.
+    environment or the W&B account cannot be used; with code 1 if the run diverges.
     """
     # What can be wrong with the environment or the account should show before anything is written.
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # its greeting does not belong on standard output
@@ -304,11 +327,34 @@ def train(args):
                     if args.track and args.capture_video and finished[0]:
                         log_videos(video_folder, logged_videos, global_step)
 
+            # Advantages, then the batch (b_): time and environments become one dimension.
             with torch.no_grad():
                 next_value = agent.get_value(next_obs)
             advantages, returns = compute_advantages(
                 rewards, values, dones, next_value, next_done, args.gamma, args.gae_lambda, args.gae
             )
+            b_obs, b_actions = obs.flatten(0, 1), actions.flatten()  # (batch_size, obs_dim), (batch_size,)
+            b_data = [x.flatten() for x in (logprobs, advantages, returns, values)]  # (batch_size,), as in ppo_loss
+
+            # Update
+            b_inds = np.arange(args.batch_size)
+            for _ in range(args.update_epochs):
+                # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
+                # than one on the whole batch, and each sample is used once per epoch. ([PPO] Algorithm 1; baselines)
+                np.random.shuffle(b_inds)
+                for mb_inds in np.split(b_inds, args.num_minibatches):  # (minibatch_size,)
+                    _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
+                    loss, stats = ppo_loss(newlogprob, entropy, newvalue, *(x[mb_inds] for x in b_data), args)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+
+            if not all(x.isfinite().all() for x in (loss, *agent.parameters())):
+                fail(f"update {update} (step {global_step}) diverged: lower --learning-rate, or check the rewards", 1)
+
+            # Logging: stats are those of the last minibatch.
+            for name, value in stats.items():
+                writer.add_scalar(f"losses/{name}", value, global_step)
             sps = int(global_step / (time.perf_counter() - start_time))
             writer.add_scalar("charts/SPS", sps, global_step)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
