@@ -9,7 +9,7 @@ serve several epochs of minibatch gradient steps, while a clipped objective keep
 them. Details, some from the paper and some known only from its code, make up PPO as it is used. Each is explained where
 it happens (search for "Detail 5", say); the loop that ties them together is train():
 
-     1. vectorized environments
+     1. vectorized environments              7. advantage normalization
      2. orthogonal initialization
      3. Adam's epsilon
      4. learning rate annealing
@@ -91,6 +91,7 @@ def parse_args(argv=None):
     add_bool(update, "anneal-lr", default=True, help="lower the learning rate linearly towards 0")
     update.add_argument("--num-minibatches", type=int, default=4, help="equal parts that a batch is split into")
     update.add_argument("--update-epochs", type=int, default=4, help="K, passes over each batch")
+    add_bool(update, "norm-adv", default=True, help="normalize the advantages of each minibatch")
     update.add_argument("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
     args = parser.parse_args(argv)
 
@@ -113,6 +114,8 @@ def parse_args(argv=None):
     batch = f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = {args.batch_size} steps"
     if args.batch_size % args.num_minibatches:
         fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts")
+    if args.norm_adv and args.minibatch_size == 1:
+        fail(f"{batch} leaves 1 step per minibatch, which has no deviation: fewer --num-minibatches or --no-norm-adv")
     if args.num_updates < 1:
         fail(f"--total-timesteps {args.total_timesteps} is less than {batch}")
     return args
@@ -209,10 +212,15 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     """The loss of one minibatch. Names with "new", and entropy, are of the current agent, the others of the rollout.
 
     All are (minibatch_size,). Returns the loss and a dict of what to log, scalar tensors all. Of ``args`` it reads
-    vf_coef.
+    norm_adv and vf_coef.
     """
     logratio = newlogprob - logprobs
     ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
+    # Detail 7: with mean 0 and deviation 1 the scale of the rewards drops out of the policy loss, and about half of the
+    # actions are encouraged, half discouraged. (baselines)
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
     pg_loss = (-advantages * ratio).mean()
     v_loss = 0.5 * ((newvalue - returns) ** 2).mean()
     loss = pg_loss + args.vf_coef * v_loss
