@@ -10,7 +10,7 @@ them. Details, some from the paper and some known only from its code, make up PP
 it happens (search for "Detail 5", say); the loop that ties them together is train():
 
      1. vectorized environments              7. advantage normalization
-     2. orthogonal initialization
+     2. orthogonal initialization            8. clipped policy objective
      3. Adam's epsilon
      4. learning rate annealing
      5. generalized advantage estimation
@@ -92,6 +92,7 @@ def parse_args(argv=None):
     update.add_argument("--num-minibatches", type=int, default=4, help="equal parts that a batch is split into")
     update.add_argument("--update-epochs", type=int, default=4, help="K, passes over each batch")
     add_bool(update, "norm-adv", default=True, help="normalize the advantages of each minibatch")
+    update.add_argument("--clip-coef", type=float, default=0.2, help="a ratio that changes by more gains nothing")
     update.add_argument("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
     args = parser.parse_args(argv)
 
@@ -102,7 +103,7 @@ def parse_args(argv=None):
                 fail(f"--{name.replace('_', '-')} must be {rule}, got {value}")
 
     sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs"
-    coefficients = "learning_rate vf_coef"
+    coefficients = "learning_rate clip_coef vf_coef"
     check(sizes, lambda x: x >= 1, "at least 1")
     check(coefficients, lambda x: 0 <= x <= 1e30, "finite (up to 1e30) and not negative")
     check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
@@ -212,7 +213,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     """The loss of one minibatch. Names with "new", and entropy, are of the current agent, the others of the rollout.
 
     All are (minibatch_size,). Returns the loss and a dict of what to log, scalar tensors all. Of ``args`` it reads
-    norm_adv and vf_coef.
+    norm_adv, clip_coef and vf_coef.
     """
     logratio = newlogprob - logprobs
     ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
@@ -221,7 +222,12 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
-    pg_loss = (-advantages * ratio).mean()
+    # Detail 8: the gradient of -A * ratio makes actions with A > 0 likelier, the others rarer. Where that has brought
+    # the ratio beyond 1 +- clip_coef, the clipped loss is flat and pushes no further. Taking the worse of the two still
+    # pulls back a ratio that went the other way. ([PPO] equation 7, there a min, as it is maximized)
+    clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
+
     v_loss = 0.5 * ((newvalue - returns) ** 2).mean()
     loss = pg_loss + args.vf_coef * v_loss
     return loss, {"value_loss": v_loss, "policy_loss": pg_loss}
