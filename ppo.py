@@ -11,7 +11,7 @@ it happens (search for "Detail 5", say); the loop that ties them together is tra
 
      1. vectorized environments              7. advantage normalization
      2. orthogonal initialization            8. clipped policy objective
-     3. Adam's epsilon
+     3. Adam's epsilon                       9. clipped value loss
      4. learning rate annealing
      5. generalized advantage estimation
      6. minibatches
@@ -93,6 +93,7 @@ def parse_args(argv=None):
     update.add_argument("--update-epochs", type=int, default=4, help="K, passes over each batch")
     add_bool(update, "norm-adv", default=True, help="normalize the advantages of each minibatch")
     update.add_argument("--clip-coef", type=float, default=0.2, help="a ratio that changes by more gains nothing")
+    add_bool(update, "clip-vloss", default=True, help="clip the value loss too")
     update.add_argument("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
     args = parser.parse_args(argv)
 
@@ -213,7 +214,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     """The loss of one minibatch. Names with "new", and entropy, are of the current agent, the others of the rollout.
 
     All are (minibatch_size,). Returns the loss and a dict of what to log, scalar tensors all. Of ``args`` it reads
-    norm_adv, clip_coef and vf_coef.
+    norm_adv, clip_coef, clip_vloss and vf_coef.
     """
     logratio = newlogprob - logprobs
     ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
@@ -228,7 +229,13 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
 
-    v_loss = 0.5 * ((newvalue - returns) ** 2).mean()
+    # Detail 9: beyond clip_coef (in units of return!) from the rollout's value, a better one gains nothing. Not in the
+    # paper, and later found useless (arXiv:2005.12729) or harmful (arXiv:2006.05990). (baselines, as is the 0.5)
+    v_loss = (newvalue - returns) ** 2
+    if args.clip_vloss:
+        clipped_value = values + torch.clamp(newvalue - values, -args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (clipped_value - returns) ** 2)
+    v_loss = 0.5 * v_loss.mean()
     loss = pg_loss + args.vf_coef * v_loss
     return loss, {"value_loss": v_loss, "policy_loss": pg_loss}
 
