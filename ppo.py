@@ -12,7 +12,7 @@ it happens (search for "Detail 5", say); the loop that ties them together is tra
      1. vectorized environments              7. advantage normalization
      2. orthogonal initialization            8. clipped policy objective
      3. Adam's epsilon                       9. clipped value loss
-     4. learning rate annealing
+     4. learning rate annealing             10. overall loss with an entropy bonus
      5. generalized advantage estimation
      6. minibatches
 
@@ -94,6 +94,7 @@ def parse_args(argv=None):
     add_bool(update, "norm-adv", default=True, help="normalize the advantages of each minibatch")
     update.add_argument("--clip-coef", type=float, default=0.2, help="a ratio that changes by more gains nothing")
     add_bool(update, "clip-vloss", default=True, help="clip the value loss too")
+    update.add_argument("--ent-coef", type=float, default=0.01, help="c2, weight of the entropy bonus")
     update.add_argument("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
     args = parser.parse_args(argv)
 
@@ -104,7 +105,7 @@ def parse_args(argv=None):
                 fail(f"--{name.replace('_', '-')} must be {rule}, got {value}")
 
     sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs"
-    coefficients = "learning_rate clip_coef vf_coef"
+    coefficients = "learning_rate clip_coef ent_coef vf_coef"
     check(sizes, lambda x: x >= 1, "at least 1")
     check(coefficients, lambda x: 0 <= x <= 1e30, "finite (up to 1e30) and not negative")
     check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
@@ -214,7 +215,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     """The loss of one minibatch. Names with "new", and entropy, are of the current agent, the others of the rollout.
 
     All are (minibatch_size,). Returns the loss and a dict of what to log, scalar tensors all. Of ``args`` it reads
-    norm_adv, clip_coef, clip_vloss and vf_coef.
+    norm_adv, clip_coef, clip_vloss, ent_coef and vf_coef.
     """
     logratio = newlogprob - logprobs
     ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
@@ -236,8 +237,13 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
         clipped_value = values + torch.clamp(newvalue - values, -args.clip_coef, args.clip_coef)
         v_loss = torch.max(v_loss, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_loss.mean()
-    loss = pg_loss + args.vf_coef * v_loss
-    return loss, {"value_loss": v_loss, "policy_loss": pg_loss}
+
+    # Detail 10: one loss, so one step, for both networks. Entropy is highest where all actions are equally likely; its
+    # bonus keeps the policy from settling before it has tried enough. ([PPO] equation 9; [A3C])
+    mean_entropy = entropy.mean()
+    loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
+
+    return loss, {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": mean_entropy}
 
 
 def train(args):
