@@ -13,7 +13,7 @@ it happens (search for "Detail 5", say); the loop that ties them together is tra
      2. orthogonal initialization            8. clipped policy objective
      3. Adam's epsilon                       9. clipped value loss
      4. learning rate annealing             10. overall loss with an entropy bonus
-     5. generalized advantage estimation
+     5. generalized advantage estimation    11. global gradient clipping
      6. minibatches
 
 Sources, by the names that the comments use:
@@ -96,6 +96,7 @@ def parse_args(argv=None):
     add_bool(update, "clip-vloss", default=True, help="clip the value loss too")
     update.add_argument("--ent-coef", type=float, default=0.01, help="c2, weight of the entropy bonus")
     update.add_argument("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
+    update.add_argument("--max-grad-norm", type=float, default=0.5, help="largest norm of all gradients together")
     args = parser.parse_args(argv)
 
     def check(names, holds, rule):
@@ -105,7 +106,7 @@ def parse_args(argv=None):
                 fail(f"--{name.replace('_', '-')} must be {rule}, got {value}")
 
     sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs"
-    coefficients = "learning_rate clip_coef ent_coef vf_coef"
+    coefficients = "learning_rate clip_coef ent_coef vf_coef max_grad_norm"
     check(sizes, lambda x: x >= 1, "at least 1")
     check(coefficients, lambda x: 0 <= x <= 1e30, "finite (up to 1e30) and not negative")
     check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
@@ -374,9 +375,12 @@ def train(args):
                     loss, stats = ppo_loss(newlogprob, entropy, newvalue, *(x[mb_inds] for x in b_data), args)
                     optimizer.zero_grad()
                     loss.backward()
+                    # Detail 11: if the gradient of all parameters, actor's and critic's together, is longer than this,
+                    # it is shortened to it: one odd minibatch cannot wreck the policy. (baselines; arXiv:1211.5063)
+                    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
 
-            if not all(x.isfinite().all() for x in (loss, *agent.parameters())):
+            if not all(x.isfinite().all() for x in (loss, grad_norm, *agent.parameters())):
                 fail(f"update {update} (step {global_step}) diverged: lower --learning-rate, or check the rewards", 1)
 
             # Logging: stats are those of the last minibatch.
