@@ -14,7 +14,7 @@ it happens (search for "Detail 5", say); the loop that ties them together is tra
      3. Adam's epsilon                       9. clipped value loss
      4. learning rate annealing             10. overall loss with an entropy bonus
      5. generalized advantage estimation    11. global gradient clipping
-     6. minibatches
+     6. minibatches                          Bonus: early stopping by the KL divergence
 
 Sources, by the names that the comments use:
     [PPO]        Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -97,16 +97,17 @@ def parse_args(argv=None):
     update.add_argument("--ent-coef", type=float, default=0.01, help="c2, weight of the entropy bonus")
     update.add_argument("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
     update.add_argument("--max-grad-norm", type=float, default=0.5, help="largest norm of all gradients together")
+    update.add_argument("--target-kl", type=float, default=None, help="end an update beyond this KL; 0.015 is usual")
     args = parser.parse_args(argv)
 
     def check(names, holds, rule):
         for name in names.split():
             value = getattr(args, name)
-            if not holds(value):  # NaN fails every comparison, so it never holds
+            if value is not None and not holds(value):  # NaN fails every comparison, so it never holds
                 fail(f"--{name.replace('_', '-')} must be {rule}, got {value}")
 
     sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs"
-    coefficients = "learning_rate clip_coef ent_coef vf_coef max_grad_norm"
+    coefficients = "learning_rate clip_coef ent_coef vf_coef max_grad_norm target_kl"
     check(sizes, lambda x: x >= 1, "at least 1")
     check(coefficients, lambda x: 0 <= x <= 1e30, "finite (up to 1e30) and not negative")
     check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
@@ -244,7 +245,9 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     mean_entropy = entropy.mean()
     loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
 
-    return loss, {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": mean_entropy}
+    with torch.no_grad():
+        approx_kl = (ratio - 1 - logratio).mean()  # KL(pi_old || pi_new) in nats, estimated
+    return loss, {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": mean_entropy, "approx_kl": approx_kl}
 
 
 def train(args):
@@ -379,6 +382,10 @@ def train(args):
                     # it is shortened to it: one odd minibatch cannot wreck the policy. (baselines; arXiv:1211.5063)
                     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
+                # Bonus: clipping does not bound how far many steps lead. If the last minibatch's KL is over target_kl,
+                # these data are too old for another epoch. (OpenAI Spinning Up, at every step; [Huang] as here)
+                if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
+                    break
 
             if not all(x.isfinite().all() for x in (loss, grad_norm, *agent.parameters())):
                 fail(f"update {update} (step {global_step}) diverged: lower --learning-rate, or check the rewards", 1)
