@@ -22,6 +22,7 @@ Sources, by the names that the comments use:
     [A3C]        Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv:1602.01783
     [baselines]  the original implementation: github.com/openai/baselines, folder baselines/ppo2
     [Huang]      Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
+    [Schulman]   Schulman 2020, Approximating KL Divergence, joschu.net/blog/kl-approx.html
 """
 
 import argparse
@@ -245,9 +246,13 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     mean_entropy = entropy.mean()
     loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
 
+    # Debug variables: the estimates k1 and k3 of KL(pi_old || pi_new) in nats ([Schulman]; k3 is less noisy and never
+    # negative), and the fraction of samples whose ratio left the clip range.
+    stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": mean_entropy}
     with torch.no_grad():
-        approx_kl = (ratio - 1 - logratio).mean()  # KL(pi_old || pi_new) in nats, estimated
-    return loss, {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": mean_entropy, "approx_kl": approx_kl}
+        stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": (ratio - 1 - logratio).mean()}
+        stats |= {"clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}
+    return loss, stats
 
 
 def train(args):
@@ -368,7 +373,7 @@ def train(args):
             b_data = [x.flatten() for x in (logprobs, advantages, returns, values)]  # (batch_size,), as in ppo_loss
 
             # Update
-            b_inds = np.arange(args.batch_size)
+            b_inds, clipfracs = np.arange(args.batch_size), []
             for _ in range(args.update_epochs):
                 # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
                 # than one on the whole batch, and each sample is used once per epoch. ([PPO] Algorithm 1; baselines)
@@ -376,6 +381,7 @@ def train(args):
                 for mb_inds in np.split(b_inds, args.num_minibatches):  # (minibatch_size,)
                     _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
                     loss, stats = ppo_loss(newlogprob, entropy, newvalue, *(x[mb_inds] for x in b_data), args)
+                    clipfracs.append(stats["clipfrac"].item())
                     optimizer.zero_grad()
                     loss.backward()
                     # Detail 11: if the gradient of all parameters, actor's and critic's together, is longer than this,
@@ -390,7 +396,10 @@ def train(args):
             if not all(x.isfinite().all() for x in (loss, grad_norm, *agent.parameters())):
                 fail(f"update {update} (step {global_step}) diverged: lower --learning-rate, or check the rewards", 1)
 
-            # Logging: stats are those of the last minibatch.
+            # Logging: stats are those of the last minibatch, except for clipfrac, the mean of all. Explained variance
+            # is 1 for a critic right up to a constant, 0 for one no better than a constant, below 0 for a worse one.
+            stats["clipfrac"] = np.mean(clipfracs)
+            stats["explained_variance"] = 1 - (returns - values).var() / returns.var()
             for name, value in stats.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
             sps = int(global_step / (time.perf_counter() - start_time))
