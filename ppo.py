@@ -22,6 +22,7 @@ Sources, by the names that the comments use:
     [A3C]        Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv:1602.01783
     [baselines]  the original implementation: github.com/openai/baselines, folder baselines/ppo2
     [Huang]      Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
+    [Pardo]      Pardo et al. 2018, Time Limits in Reinforcement Learning, arXiv:1712.00378
     [Schulman]   Schulman 2020, Approximating KL Divergence, joschu.net/blog/kl-approx.html
 """
 
@@ -87,6 +88,7 @@ def parse_args(argv=None):
     add_bool(data, "gae", default=True, help="generalized advantage estimation; off: discounted returns minus values")
     data.add_argument("--gamma", type=float, default=0.99, help="discount per step, 0 to 1")
     data.add_argument("--gae-lambda", type=float, default=0.95, help="0: least noise, most bias; 1: the opposite")
+    add_bool(data, "bootstrap-truncation", default=False, help="value what a time limit cut off")
     update = parser.add_argument_group("the update")
     update.add_argument("--learning-rate", type=float, default=2.5e-4, help="Adam's step size")
     add_bool(update, "anneal-lr", default=True, help="lower the learning rate linearly towards 0")
@@ -349,6 +351,14 @@ def train(args):
                 next_obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
                 next_done = torch.as_tensor(terminations | truncations, dtype=torch.float32, device=device)
                 rewards[step] = torch.as_tensor(reward)
+
+                # By default a time limit ends an episode like a termination: nothing follows. But it would have gone
+                # on: V(final observation) is worth what was cut off, and joins the last reward. ([Pardo])
+                cut = np.flatnonzero(truncations & ~terminations)
+                if args.bootstrap_truncation and len(cut):
+                    final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), dtype=torch.float32, device=device)
+                    with torch.no_grad():
+                        rewards[step, cut] += args.gamma * agent.get_value(final_obs)
 
                 if "final_info" in infos:
                     finished = infos["_final_info"]  # (num_envs,), True where an episode ended
