@@ -1,0 +1,103 @@
+"""Videos can be played, and an offline Weights & Biases run holds what an online one would send."""
+
+import shutil
+import struct
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from conftest import ROOT, parse_episodes, spawn
+
+
+def frames(path):
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    return [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
+
+
+def wandb_records(folder):
+    """The records of an offline run's .wandb file: a LevelDB log of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data = next(folder.glob("*.wandb")).read_bytes()
+    position, part = 7, b""  # behind the file's own header
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        part += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(part)
+            part = b""
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """One run with --track --capture-video, as a user would start it offline."""
+    folder = tmp_path_factory.mktemp("tracked")
+    shutil.copy(ROOT / "ppo.py", folder)  # W&B stores the program if it lies below the folder where it is started
+    flags = "--track --capture-video --num-steps 16 --total-timesteps 832 --wandb-project-name lessons"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        result = spawn(flags, script=folder / "ppo.py", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_videos_of_the_first_environment_decode_and_have_a_frame_per_step(tracked):
+    folder, result = tracked
+    name = next((folder / "runs").iterdir()).name
+    videos = {path.name: path for path in (folder / "videos" / name).iterdir()}
+    assert set(videos) == {f"rl-video-episode-{i}.mp4" for i in (0, 1, 8)}
+    pictures = frames(videos["rl-video-episode-0.mp4"])
+    assert pictures[0].shape == (400, 600, 3)
+    length = 15  # of the reference run's first episode of sub-environment 0, which ends first, at step 60
+    assert parse_episodes(result.stdout)[0] == (60, 15.0, 15)
+    assert length <= len(pictures) <= length + 2
+    assert pictures[0].min() < 100 and (pictures[0] != pictures[-1]).any()  # something is drawn, and it moves
+
+
+def test_standard_output_stays_clean_with_videos_and_tracking(tracked):
+    folder, result = tracked
+    lines = result.stdout.splitlines()
+    assert all("=" in line or line.startswith("results: runs/") for line in lines), result.stdout
+    name = next((folder / "runs").iterdir()).name
+    assert lines[-1] == f"results: runs/{name} and videos/{name}"
+
+
+def test_offline_wandb_run_has_name_config_metrics_code_requirements_and_videos_at_their_step(tracked):
+    folder, result = tracked
+    (run_folder,) = (folder / "wandb").glob("offline-run-*")
+    assert "def compute_advantages" in (run_folder / "files/code/ppo.py").read_text()
+    assert "torch==" in (run_folder / "files/requirements.txt").read_text()
+    records = list(wandb_records(run_folder))
+    run, *_, renamed = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+    assert run.project == "lessons" and renamed.display_name == next((folder / "runs").iterdir()).name
+    config = {item.key: item.value_json for item in run.config.update}
+    assert config["learning_rate"] == "0.00025" and config["num_envs"] == "4"
+    rows = [
+        {item.key or "/".join(item.nested_key): item.value_json for item in r.history.item}
+        for r in records
+        if r.WhichOneof("record_type") == "history"
+    ]
+    videos = [row for row in rows if "video/path" in row]
+    assert len(videos) == len(list((folder / "videos").rglob("*.mp4"))) == 3
+    for row in videos:
+        assert (run_folder / "files" / row["video/path"].strip('"')).stat().st_size > 1000
+    ends = {step for step, _, _ in parse_episodes(result.stdout)}
+    # Episodes 0 and 1 of the first sub-environment end here; the run ends in the middle of episode 8.
+    assert [row["global_step"] for row in videos] == ["60", "120", "832"] and {60, 120} <= ends and 832 not in ends
+    losses = [row for row in rows if "losses/policy_loss" in row]
+    assert [int(row["global_step"]) for row in losses] == list(range(64, 833, 64))
+    points = [row for row in rows if "charts/episodic_return" in row]
+    assert {int(row["global_step"]) for row in points} == ends
+    assert (points[0]["global_step"], points[0]["charts/episodic_return"]) == ("60", "15")
+
+
+def test_no_video_folder_without_the_flag(run):
+    run("--total-timesteps 512")
+    assert not Path("videos").exists() and not Path("wandb").exists()
