@@ -148,8 +148,6 @@ def test_observations_of_every_fixed_size_are_flattened(name, obs_dim, run):
     assert len(result.episodes) == 64 and {r for _, r, _ in result.episodes} == {1.0}
 
 
-@pytest.mark.parametrize(
-    "env_id", ["FrozenLake-v1", "Taxi-v4", "Blackjack-v1", "WithoutRenderMode-v0"]
-)
+@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Taxi-v4", "Blackjack-v1", "WithoutRenderMode-v0"])
 def test_environments_of_every_kind_run(env_id, run):
     assert run(f"--env-id {env_id} --total-timesteps 512").folder.exists()
