@@ -5,9 +5,9 @@
     tensorboard --logdir runs                                            # the curves, in a browser
 
 PPO repeats two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update: these data
-serve several epochs of minibatch gradient steps, while a clipped objective keeps the policy near the one that collected
-them. Details, some from the paper and some known only from its code, make up PPO as it is used. Each is explained where
-it happens (search for "Detail 5", say); the loop that ties them together is train():
+serve several epochs of minibatch gradient steps, while a clipped objective keeps the policy near the one that played.
+Details, some from the paper and some known only from its code, make up PPO as it is used. Each is explained where it
+happens (search for "Detail 5", say); the loop that ties them together is train():
 
      1. vectorized environments              7. advantage normalization
      2. orthogonal initialization            8. clipped policy objective
@@ -17,18 +17,14 @@ it happens (search for "Detail 5", say); the loop that ties them together is tra
      6. minibatches                          Bonus: early stopping by the KL divergence
 
 Sources, by the names that the comments use:
-    [PPO]        Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
-    [GAE]        Schulman et al. 2016, Generalized Advantage Estimation, arXiv:1506.02438
-    [A3C]        Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv:1602.01783
-    [baselines]  the original implementation: github.com/openai/baselines, folder baselines/ppo2
-    [Huang]      Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR Blog Track
-    [Pardo]      Pardo et al. 2018, Time Limits in Reinforcement Learning, arXiv:1712.00378
-    [Schulman]   Schulman 2020, Approximating KL Divergence, joschu.net/blog/kl-approx.html
+    [PPO]  Schulman et al. 2017, arXiv:1707.06347       [GAE]    Schulman et al. 2016, arXiv:1506.02438
+    [A3C]  Mnih et al. 2016, arXiv:1602.01783           [Pardo]  Pardo et al. 2018, Time Limits, arXiv:1712.00378
+    [baselines]  the original code, github.com/openai/baselines, folder baselines/ppo2
+    [Huang]  The 37 Implementation Details of PPO, ICLR Blog Track 2022   [Schulman]  joschu.net/blog/kl-approx.html
 """
 
 import argparse
 import contextlib
-import itertools
 import math
 import os
 import random
@@ -42,7 +38,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.distributions import Categorical
+import torch.nn.functional as F
+from torch.linalg import vector_norm
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -54,10 +51,9 @@ def fail(message, exit_code=2):
 
 
 def parse_args(argv=None):
-    """Read and check the command line; ``argv`` is a list of strings, None means ``sys.argv[1:]``.
+    """Read the command line (``argv``, or ``sys.argv[1:]``) and check it: bad input exits with code 2 and one line.
 
-    Returns an ``argparse.Namespace`` with one attribute per flag and the derived sizes ``batch_size``,
-    ``minibatch_size`` (both in environment steps) and ``num_updates``. Bad input exits with code 2 and one line.
+    Returns an ``argparse.Namespace`` of the flags and the derived batch_size, minibatch_size (steps) and num_updates.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail  # argparse's own prints the usage too, in which the one line that matters is lost
@@ -65,12 +61,11 @@ def parse_args(argv=None):
     def boolean(text):
         return ("false", "true").index(text.lower()) == 1  # any other text: ValueError, which argparse reports
 
-    def add_bool(group, name, **kwargs):
-        """--name, --no-name, --name False and --name=false: sweep tools write the last form."""
+    def add_bool(group, name, **kwargs):  # --name, --no-name, --name False and, as sweep tools write it, --name=false
         group.add_argument(f"--{name}", type=boolean, nargs="?", const=True, metavar="BOOL", **kwargs)
         group.add_argument(f"--no-{name}", dest=name.replace("-", "_"), action="store_false", help=argparse.SUPPRESS)
 
-    run = parser.add_argument_group("the run")
+    run, data, update = map(parser.add_argument_group, ("the run", "the data", "the update"))
     run.add_argument("--exp-name", default=Path(__file__).stem, help="name of the experiment")
     run.add_argument("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id; module:Id imports module first")
     run.add_argument("--total-timesteps", type=int, default=25000, help="of all environments together")
@@ -82,14 +77,12 @@ def parse_args(argv=None):
     run.add_argument("--wandb-project-name", default="cleanrl", help="W&B project")
     run.add_argument("--wandb-entity", default=None, help="W&B user or team; None is your own")
     add_bool(run, "capture-video", default=False, help="record videos of the first environment to videos/<run_name>")
-    data = parser.add_argument_group("the data")
     data.add_argument("--num-envs", type=int, default=4, help="N, environments that are stepped together")
     data.add_argument("--num-steps", type=int, default=128, help="T, steps per environment and rollout")
     add_bool(data, "gae", default=True, help="generalized advantage estimation; off: discounted returns minus values")
     data.add_argument("--gamma", type=float, default=0.99, help="discount per step, 0 to 1")
     data.add_argument("--gae-lambda", type=float, default=0.95, help="0: least noise, most bias; 1: the opposite")
     add_bool(data, "bootstrap-truncation", default=False, help="value what a time limit cut off")
-    update = parser.add_argument_group("the update")
     update.add_argument("--learning-rate", type=float, default=2.5e-4, help="Adam's step size")
     add_bool(update, "anneal-lr", default=True, help="lower the learning rate linearly towards 0")
     update.add_argument("--num-minibatches", type=int, default=4, help="equal parts that a batch is split into")
@@ -103,27 +96,23 @@ def parse_args(argv=None):
     update.add_argument("--target-kl", type=float, default=None, help="end an update beyond this KL; 0.015 is usual")
     args = parser.parse_args(argv)
 
-    def check(names, holds, rule):
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not holds(value):  # NaN fails every comparison, so it never holds
-                fail(f"--{name.replace('_', '-')} must be {rule}, got {value}")
-
-    sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs"
-    coefficients = "learning_rate clip_coef ent_coef vf_coef max_grad_norm target_kl"
-    check(sizes, lambda x: x >= 1, "at least 1")
-    check(coefficients, lambda x: 0 <= x <= 1e30, "finite (up to 1e30) and not negative")
-    check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
-    check("num_threads", lambda x: 1 <= x <= 1024, "between 1 and 1024")
-    check("seed", lambda x: 0 <= x < 2**32, "between 0 and 4294967295, as numpy wants it")
+    limits = {
+        "total_timesteps num_envs num_steps num_minibatches update_epochs": (1, math.inf),
+        "num_threads": (1, 1024),
+        "seed": (0, 2**32 - 1),  # what numpy takes
+        "gamma gae_lambda": (0, 1),
+        "learning_rate clip_coef ent_coef vf_coef max_grad_norm target_kl": (0, 1e30),  # float32 ends soon after
+    }
+    for name, (low, high) in ((name, limit) for names, limit in limits.items() for name in names.split()):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # NaN fails every comparison, and so this
+            fail(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_updates = args.total_timesteps // args.batch_size
     batch = f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = {args.batch_size} steps"
-    if args.batch_size % args.num_minibatches:
-        fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts")
-    if args.norm_adv and args.minibatch_size == 1:
-        fail(f"{batch} leaves 1 step per minibatch, which has no deviation: fewer --num-minibatches or --no-norm-adv")
+    if args.batch_size % args.num_minibatches or (args.norm_adv and args.minibatch_size == 1):  # one has no deviation
+        fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts of 2 steps or more")
     if args.num_updates < 1:
         fail(f"--total-timesteps {args.total_timesteps} is less than {batch}")
     return args
@@ -132,9 +121,9 @@ def parse_args(argv=None):
 def make_env(env_id, seed, render_mode=None, video_folder=None):
     """Return a function that makes one environment, which is what a vectorized environment is built from.
 
-    Observations come as flat vectors; each finished episode reports its return and length in steps. With a
-    ``video_folder`` (and ``render_mode="rgb_array"``) episodes 0, 1, 8, 27, 64, ... become mp4 files there. ``seed`` is
-    that of the spaces; ``reset`` takes the environment's own. Raises ValueError for spaces that it cannot handle.
+    Observations come as flat vectors; each finished episode reports its return and length in steps. ``seed`` is that of
+    the spaces; ``reset`` takes the environment's own. With ``render_mode="rgb_array"`` and a ``video_folder``, episodes
+    0, 1, 8, 27, 64, ... become mp4 files there. Raises ValueError for spaces that it cannot handle.
     """
 
     def thunk():
@@ -164,9 +153,19 @@ def layer_init(layer, gain=2**0.5, bias=0.0):
     return layer
 
 
-def mlp(in_features, out_features, gain):  # gain: that of the last layer
-    hidden = [layer_init(nn.Linear(in_features, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
-    return nn.Sequential(*hidden, layer_init(nn.Linear(64, out_features), gain))
+class MLP(nn.ModuleList):
+    """in_features -> 64 -> tanh -> 64 -> tanh -> out_features; ``gain`` is that of the last layer."""
+
+    def __init__(self, in_features, out_features, gain):
+        hidden = [layer_init(nn.Linear(in_features, 64)), layer_init(nn.Linear(64, 64))]
+        super().__init__([*hidden, layer_init(nn.Linear(64, out_features), gain)])
+        self.weights = [(layer.weight, layer.bias) for layer in self]
+
+    def forward(self, x):
+        *hidden, (weight, bias) = self.weights  # calling modules, as nn.Sequential does, would take as long again
+        for w, b in hidden:
+            x = torch.tanh(F.linear(x, w, b))
+        return F.linear(x, weight, bias)
 
 
 class Agent(nn.Module):
@@ -174,53 +173,57 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, num_actions):
         super().__init__()
-        self.critic = mlp(obs_dim, 1, gain=1.0)
-        self.actor = mlp(obs_dim, num_actions, gain=0.01)  # all actions start about equally likely
+        self.critic = MLP(obs_dim, 1, gain=1.0)
+        self.actor = MLP(obs_dim, num_actions, gain=0.01)  # all actions start about equally likely
 
     def get_value(self, obs):
-        """obs: (batch, obs_dim). Returns V(s): (batch,)."""
+        """obs: (..., obs_dim). Returns V(s): (...)."""
         return self.critic(obs).squeeze(-1)
 
+    def get_action(self, obs):
+        """obs: (batch, obs_dim). Returns actions drawn from the policy and their log-probabilities: (batch,) each."""
+        logits = self.actor(obs)
+        logprobs = logits - logits.logsumexp(-1, keepdim=True)  # log pi(.|s): (batch, num_actions)
+        action = torch.multinomial(logprobs.softmax(-1), 1)
+        return action.squeeze(-1), logprobs.gather(-1, action).squeeze(-1)
+
     def get_action_and_value(self, obs, action=None):
-        """obs: (batch, obs_dim). Returns the action, drawn from the policy unless it is given, its log-probability, the
-        policy's entropy in nats, and V(s): (batch,) each.
-        """
-        policy = Categorical(logits=self.actor(obs), validate_args=False)  # train checks once per update
+        """Returns the action, drawn unless it is given, log pi(a|s), the policy's entropy in nats, V(s): (batch,)."""
+        logits = self.actor(obs)
+        logprobs = logits - logits.logsumexp(-1, keepdim=True)
         if action is None:
-            action = policy.sample()
-        return action, policy.log_prob(action), policy.entropy(), self.get_value(obs)
+            action = torch.multinomial(logprobs.softmax(-1), 1).squeeze(-1)
+        logprob = logprobs.gather(-1, action[:, None]).squeeze(-1)  # before the entropy: backward sums in this order
+        entropy = -(logprobs * logprobs.softmax(-1)).sum(-1)
+        return action, logprob, entropy, self.get_value(obs)
 
 
-def compute_advantages(rewards, values, dones, next_value, next_done, gamma, gae_lambda, gae=True):
-    """How much better each action turned out than the critic expected, and what the critic should have said.
+def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
+    """How much better each action turned out than the critic expected, A_t, and what the critic should have said.
 
-    rewards, values, dones: (num_steps, num_envs); dones[t] is 1 where the step before obs[t] ended an episode, else 0.
-    next_value, next_done: (num_envs,), the same for the observation after the last step. Episodes go on beyond the
-    rollout: next_value stands for the rewards that were not seen (bootstrapping).
-    Returns advantages A_t and returns, the critic's targets: (num_steps, num_envs) each.
+    rewards: (num_steps, num_envs). values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the step before obs[t]
+    ended an episode. Episodes go on beyond the rollout: values[-1] stands for what was not seen (bootstrapping).
+    Returns both, the advantages and the "returns": (num_steps, num_envs) each.
     """
-    continues = 1.0 - torch.cat([dones[1:], next_done[None]])  # (num_steps, num_envs), 0 where step t ended an episode
+    continues = 1.0 - dones[1:]  # 0 where step t ended an episode: nothing that follows counts
     if not gae:  # R_t = r_t + gamma * R_{t+1}; A_t = R_t - V(s_t): what lambda = 1 gives too, up to rounding
-        returns, next_return = torch.zeros_like(rewards), next_value
+        returns, next_return = np.zeros_like(rewards), values[-1]
         for t in reversed(range(len(rewards))):
             returns[t] = next_return = rewards[t] + gamma * continues[t] * next_return
-        return returns - values, returns
+        return returns - values[:-1], returns
     # Detail 5: the surprise delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) estimates A_t with little noise, but with all
     # of the critic's error. The sum of all later ones too, discounted by gamma, cancels that error but adds up noise.
     # Discounting by gamma * lambda lies between: A_t = delta_t + gamma * lambda * A_{t+1}. ([GAE] equations 11 to 16)
-    next_values = torch.cat([values[1:], next_value[None]])  # (num_steps, num_envs)
-    deltas = rewards + gamma * next_values * continues - values
-    advantages, next_advantage = torch.zeros_like(rewards), 0
+    deltas = rewards + gamma * values[1:] * continues - values[:-1]
+    advantages, next_advantage = np.zeros_like(rewards), 0
     for t in reversed(range(len(rewards))):
         advantages[t] = next_advantage = deltas[t] + gamma * gae_lambda * continues[t] * next_advantage
-    return advantages, advantages + values
+    return advantages, advantages + values[:-1]
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args):
-    """The loss of one minibatch. Names with "new", and entropy, are of the current agent, the others of the rollout.
-
-    All are (minibatch_size,). Returns the loss and a dict of what to log, scalar tensors all. Of ``args`` it reads
-    norm_adv, clip_coef, clip_vloss, ent_coef and vf_coef.
+    """The loss of one minibatch, and a dict of what to log. All arguments but args, of which it reads five flags, are
+    (minibatch_size,). Names with "new", and entropy, are of the current agent, the others of the rollout.
     """
     logratio = newlogprob - logprobs
     ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
@@ -228,13 +231,11 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     # actions are encouraged, half discouraged. (baselines)
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-
     # Detail 8: the gradient of -A * ratio makes actions with A > 0 likelier, the others rarer. Where that has brought
     # the ratio beyond 1 +- clip_coef, the clipped loss is flat and pushes no further. Taking the worse of the two still
     # pulls back a ratio that went the other way. ([PPO] equation 7, there a min, as it is maximized)
     clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-
     # Detail 9: beyond clip_coef (in units of return!) from the rollout's value, a better one gains nothing. Not in the
     # paper, and later found useless (arXiv:2005.12729) or harmful (arXiv:2006.05990). (baselines, as is the 0.5)
     v_loss = (newvalue - returns) ** 2
@@ -253,15 +254,23 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": mean_entropy}
     with torch.no_grad():
         stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": (ratio - 1 - logratio).mean()}
-        stats |= {"clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}
-    return loss, stats
+        return loss, stats | {"clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}
+
+
+def adam_step(params, exp_avg, exp_avg_sq, step, learning_rate, eps=1e-5, beta1=0.9, beta2=0.999):
+    """torch.optim.Adam's step (arXiv:1412.6980), to the bit, without the second that its import takes. Changes params
+    (whose gradient is params.grad), exp_avg and exp_avg_sq: (num_params,) each.
+    """
+    exp_avg.lerp_(params.grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(params.grad, params.grad, value=1 - beta2)
+    # Detail 3: eps 1e-5, not PyTorch's 1e-8, keeps steps small where gradients are tiny, mostly noise. (baselines)
+    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5) + eps
+    params.addcdiv_(exp_avg, denominator, value=-learning_rate / (1 - beta1**step))  # step: 1, 2, ...
 
 
 def train(args):
-    """Train an agent as ``args`` from :func:`parse_args` say, and return it.
-
-    Prints one line per episode and logs to runs/<run_name>. Exits with code 2, before it has made a file, if the
-    environment or the W&B account cannot be used; with code 1 if the run diverges.
+    """Train an agent as ``args`` say and return it; print each episode, log to runs/<run_name>. Exit code 2, before a
+    file is made: the environment or W&B cannot be used; 1: the run diverged.
     """
     # What can be wrong with the environment or the account should show before anything is written.
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # its greeting does not belong on standard output
@@ -275,28 +284,25 @@ def train(args):
     except Exception as error:  # environments raise anything; their users need the reason, not our traceback
         fail(f"--env-id {args.env_id}{' --capture-video' * args.capture_video}: {str(error) or repr(error)}")
     if args.track:
-        try:
+        try:  # before the SummaryWriter: sync_tensorboard sends what that gets, at its global_step
             import wandb  # takes a second, so only when it is asked for
 
-            if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-                raise RuntimeError("run `wandb login` first, or set WANDB_MODE=offline to do without an account")
-            # Before the SummaryWriter: sync_tensorboard sends what TensorBoard gets, at its global_step.
             project, entity = args.wandb_project_name, args.wandb_entity
             wandb.init(project=project, entity=entity, config=vars(args), sync_tensorboard=True, save_code=True)
         except Exception as error:
-            fail(f"--track: {error}")
+            fail(f"--track: {error} (Or set WANDB_MODE=offline to do without an account.)")
 
     # A run's name is its own: if another run took it in the same second, this one takes the next second.
     Path("runs").mkdir(exist_ok=True)
-    for second in itertools.count(int(time.time())):
+    for second in range(int(time.time()), 2**63):
         run_name = re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
         with contextlib.suppress(FileExistsError):
             Path("runs", run_name).mkdir()
             break
     if args.track:
         wandb.run.name = run_name
-    properties = {"observation_space": env.observation_space, "action_space": env.action_space}
-    for name, value in (vars(args) | properties | {"max_episode_steps": env.spec.max_episode_steps}).items():
+    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    for name, value in (vars(args) | spaces | {"max_episode_steps": env.spec.max_episode_steps}).items():
         print(f"{name}={' '.join(str(value).split())}")
     writer = SummaryWriter(f"runs/{run_name}")
     writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
@@ -306,7 +312,7 @@ def train(args):
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need to be deterministic
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
     torch.set_num_threads(args.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
@@ -319,51 +325,48 @@ def train(args):
     envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n).to(device)
-    # Detail 3: Adam divides each step by sqrt(mean squared gradient) + eps. 1e-5, not PyTorch's 1e-8, keeps the steps
-    # small where gradients are tiny and mostly noise. (baselines)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    # One vector for all parameters and one for all gradients, of which the agent's are views: a few operations on each
+    # instead of on every layer make an update a fifth shorter.
+    params = torch.cat([p.detach().flatten() for p in agent.parameters()])
+    params.grad, exp_avg, exp_avg_sq = torch.zeros((3, len(params)), device=device)
+    sizes = [p.numel() for p in agent.parameters()]
+    grads, adam_steps = params.grad.split(sizes), 0
+    for p, data, grad in zip(agent.parameters(), params.split(sizes), grads, strict=True):
+        p.data, p.grad = data.view_as(p), grad.view_as(p)
 
-    # Storage of one rollout
-    obs = torch.zeros((args.num_steps, *envs.observation_space.shape), device=device)  # (num_steps, num_envs, obs_dim)
-    actions = torch.zeros((args.num_steps, args.num_envs), dtype=torch.long, device=device)  # (num_steps, num_envs)
-    logprobs, rewards, dones, values = torch.zeros((4, args.num_steps, args.num_envs), device=device)  # the same each
-
-    next_obs = torch.as_tensor(envs.reset(seed=args.seed)[0], dtype=torch.float32, device=device)  # (num_envs, obs_dim)
-    next_done = torch.zeros(args.num_envs, device=device)  # 1 where the step before next_obs ended an episode
-    global_step = 0
-    recent_returns, logged_videos = deque(maxlen=100), set()
+    # Storage of one rollout, and of what follows it
+    T, N, obs_dim = args.num_steps, args.num_envs, envs.single_observation_space.shape[0]
+    obs, dones = np.zeros((T + 1, N, obs_dim), np.float32), np.zeros((T + 1, N), np.float32)
+    logprobs, rewards, actions = *np.zeros((2, T, N), np.float32), np.zeros((T, N), np.int64)  # (num_steps, num_envs)
+    obs[-1], _ = envs.reset(seed=args.seed)  # sub-environment i gets seed + i
+    global_step, recent_returns, logged_videos = 0, deque(maxlen=100), set()
     start_time = time.perf_counter()
     bar = tqdm(total=args.num_updates * args.batch_size, unit="step", disable=None)  # None: only on a terminal
     try:
         for update in range(1, args.num_updates + 1):
             # Detail 4: large steps while there is much to learn, ever smaller ones to settle on what was found: linear
             # from learning_rate in the first update to learning_rate / num_updates in the last. ([PPO] table 5)
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = (1 - (update - 1) / args.num_updates) * args.learning_rate
+            learning_rate = args.learning_rate * (1 - (update - 1) / args.num_updates if args.anneal_lr else 1)
 
             # Rollout
+            obs[0], dones[0] = obs[-1], dones[-1]  # begins with what followed the last one
             for step in range(args.num_steps):
                 global_step += args.num_envs
-                obs[step], dones[step] = next_obs, next_done
-                with torch.no_grad():
-                    actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
-                next_obs, reward, terminations, truncations, infos = envs.step(actions[step].cpu().numpy())
-                next_obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
-                next_done = torch.as_tensor(terminations | truncations, dtype=torch.float32, device=device)
-                rewards[step] = torch.as_tensor(reward)
+                with torch.inference_mode():
+                    action, logprob = agent.get_action(torch.as_tensor(obs[step], device=device))
+                actions[step], logprobs[step] = action.numpy(force=True), logprob.numpy(force=True)
+                obs[step + 1], rewards[step], terminations, truncations, infos = envs.step(actions[step])
+                dones[step + 1] = terminations | truncations
 
                 # By default a time limit ends an episode like a termination: nothing follows. But it would have gone
                 # on: V(final observation) is worth what was cut off, and joins the last reward. ([Pardo])
                 cut = np.flatnonzero(truncations & ~terminations)
                 if args.bootstrap_truncation and len(cut):
                     final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), dtype=torch.float32, device=device)
-                    with torch.no_grad():
-                        rewards[step, cut] += args.gamma * agent.get_value(final_obs)
-
+                    rewards[step, cut] += args.gamma * agent.get_value(final_obs).numpy(force=True)
                 if "final_info" in infos:
                     finished = infos["_final_info"]  # (num_envs,), True where an episode ended
-                    episodes = infos["final_info"]["episode"]  # a dict of arrays: (num_envs,)
-                    episode_returns, lengths = episodes["r"][finished], episodes["l"][finished]
+                    episode_returns, lengths = (infos["final_info"]["episode"][k][finished] for k in ("r", "l"))
                     for r, length in zip(episode_returns, lengths, strict=True):
                         bar.write(f"global_step={global_step}, episodic_return={r}, episodic_length={length}")
                     recent_returns.extend(episode_returns)
@@ -373,58 +376,55 @@ def train(args):
                     if args.track and args.capture_video and finished[0]:
                         log_videos(video_folder, logged_videos, global_step)
 
-            # Advantages, then the batch (b_): time and environments become one dimension.
-            with torch.no_grad():
-                next_value = agent.get_value(next_obs)
-            advantages, returns = compute_advantages(
-                rewards, values, dones, next_value, next_done, args.gamma, args.gae_lambda, args.gae
-            )
-            b_obs, b_actions = obs.flatten(0, 1), actions.flatten()  # (batch_size, obs_dim), (batch_size,)
-            b_data = [x.flatten() for x in (logprobs, advantages, returns, values)]  # (batch_size,), as in ppo_loss
-
+            # Advantages. Values were not needed to act: one call gives all of them, (num_steps + 1, num_envs).
+            values = agent.get_value(torch.as_tensor(obs, device=device)).numpy(force=True)
+            advantages, returns = compute_advantages(rewards, values, dones, args.gamma, args.gae_lambda, args.gae)
+            # The batch: time and environments become one dimension. (batch_size, obs_dim), then (batch_size,) each
+            batch = (obs[:-1], actions, logprobs, advantages, returns, values[:-1])
+            batch = [torch.as_tensor(x.reshape(args.batch_size, *x.shape[2:]), device=device) for x in batch]
             # Update
             b_inds, clipfracs = np.arange(args.batch_size), []
             for _ in range(args.update_epochs):
                 # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
                 # than one on the whole batch, and each sample is used once per epoch. ([PPO] Algorithm 1; baselines)
                 np.random.shuffle(b_inds)
-                for mb_inds in np.split(b_inds, args.num_minibatches):  # (minibatch_size,)
-                    _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
-                    loss, stats = ppo_loss(newlogprob, entropy, newvalue, *(x[mb_inds] for x in b_data), args)
+                minibatches = zip(*(x[b_inds].split(args.minibatch_size) for x in batch), strict=True)
+                for mb_obs, mb_actions, *mb_rest in minibatches:  # mb_rest: in the order of ppo_loss
+                    _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb_obs, mb_actions)
+                    loss, stats = ppo_loss(newlogprob, entropy, newvalue, *mb_rest, args)
                     clipfracs.append(stats["clipfrac"].item())
-                    optimizer.zero_grad()
+                    params.grad.zero_()
                     loss.backward()
                     # Detail 11: if the gradient of all parameters, actor's and critic's together, is longer than this,
                     # it is shortened to it: one odd minibatch cannot wreck the policy. (baselines; arXiv:1211.5063)
-                    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    optimizer.step()
+                    grad_norm = vector_norm(torch.stack([vector_norm(grad) for grad in grads]))
+                    params.grad *= torch.clamp(args.max_grad_norm / (grad_norm + 1e-6), max=1.0)
+                    adam_steps += 1
+                    adam_step(params, exp_avg, exp_avg_sq, adam_steps, learning_rate)
                 # Bonus: clipping does not bound how far many steps lead. If the last minibatch's KL is over target_kl,
                 # these data are too old for another epoch. (OpenAI Spinning Up, at every step; [Huang] as here)
                 if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
                     break
-
-            if not all(x.isfinite().all() for x in (loss, grad_norm, *agent.parameters())):
+            if not all(x.isfinite().all() for x in (loss, grad_norm, params)):
                 fail(f"update {update} (step {global_step}) diverged: lower --learning-rate, or check the rewards", 1)
-
             # Logging: stats are those of the last minibatch, except for clipfrac, the mean of all. Explained variance
             # is 1 for a critic right up to a constant, 0 for one no better than a constant, below 0 for a worse one.
             stats["clipfrac"] = np.mean(clipfracs)
-            stats["explained_variance"] = 1 - (returns - values).var() / returns.var()
+            stats["explained_variance"] = 1 - (returns - values[:-1]).var() / (returns.var() + 1e-8)
             for name, value in stats.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
             sps = int(global_step / (time.perf_counter() - start_time))
             writer.add_scalar("charts/SPS", sps, global_step)
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+            writer.add_scalar("charts/learning_rate", learning_rate, global_step)
             bar.set_postfix(SPS=sps, mean_return=np.mean(recent_returns or [math.nan]), refresh=False)
             bar.update(args.batch_size)
             sys.stdout.flush()  # a record in a file or a pipe is complete up to this update
     finally:
-        envs.close()  # which finishes a video
-        writer.close()
-        bar.close()
+        for resource in (envs, writer, bar):  # closing the environments finishes a video
+            resource.close()
+        if args.track and args.capture_video:
+            log_videos(video_folder, logged_videos, global_step)
         if args.track:
-            if args.capture_video:
-                log_videos(video_folder, logged_videos, global_step)
             wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
     print(f"results: runs/{run_name}" + f" and {video_folder}" * args.capture_video)
     return agent

@@ -3,7 +3,11 @@
 import csv
 from pathlib import Path
 
+import pytest
 from conftest import parse_episodes, spawn
+
+import ppo
+from benchmark import plain
 
 REFERENCE = Path(__file__).parent / "cartpole_seed1_25k.csv"
 
@@ -16,6 +20,26 @@ def test_default_run_equals_the_reference_episode_by_episode_and_repeats_itself(
         result = spawn()
         assert result.returncode == 0, result.stderr
         assert parse_episodes(result.stdout) == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--seed 3 --num-envs 16 --num-steps 64 --total-timesteps 20000",
+        "--seed 4 --no-gae --no-clip-vloss --no-norm-adv --total-timesteps 10000",
+        "--seed 6 --target-kl 0.015 --learning-rate 0.002 --total-timesteps 15000",
+        "--seed 7 --bootstrap-truncation --learning-rate 0.001 --total-timesteps 20000",
+        "--seed 8 --num-minibatches 1 --update-epochs 10 --no-anneal-lr --total-timesteps 10000",
+        "--seed 9 --gamma 0.9 --gae-lambda 0.8 --ent-coef 0.1 --vf-coef 1 --max-grad-norm 0.1 --clip-coef 0.1",
+        "--seed 10 --env-id Acrobot-v1 --num-envs 2 --num-steps 256 --total-timesteps 10000",
+        "--seed 11 --env-id MountainCar-v0 --bootstrap-truncation --total-timesteps 5000",
+        "--seed 12 --env-id FrozenLake-v1 --total-timesteps 5000",
+    ],
+)
+def test_every_episode_equals_that_of_a_plain_implementation(flags, run, capsys):
+    episodes = run(flags).episodes
+    plain.train(ppo.parse_args(flags.split()))
+    assert episodes and episodes == parse_episodes(capsys.readouterr().out)
 
 
 def test_same_seed_repeats_and_another_seed_differs(run):

@@ -41,6 +41,7 @@ def test_tensorboard_holds_every_scalar_at_increasing_steps_and_the_hyperparamet
         assert np.isfinite([e.value for e in events.Scalars(tag)]).all(), tag
     rates = [e.value for e in events.Scalars("charts/learning_rate")]
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert events.Scalars("losses/explained_variance")[-1].value < 1
     # Episodes that end in the same step share a point, their mean.
     by_step = {}
     for step, episodic_return, _ in result.episodes:

@@ -15,8 +15,8 @@ def trace(run, monkeypatch):
     """trace(flags) trains and returns what went through the algorithm in each rollout and minibatch."""
 
     def trace(flags):
-        seen = {key: [] for key in "rollouts advantages minibatches lr eps grad_norm ratio loss".split()}
-        compute_advantages, ppo_loss, Adam = ppo.compute_advantages, ppo.ppo_loss, torch.optim.Adam
+        seen = {key: [] for key in "rollouts advantages minibatches lr step grad_norm ratio loss".split()}
+        compute_advantages, ppo_loss, adam_step = ppo.compute_advantages, ppo.ppo_loss, ppo.adam_step
 
         class SpiedAgent(ppo.Agent):
             def get_action_and_value(self, obs, action=None):
@@ -25,18 +25,16 @@ def trace(run, monkeypatch):
                     seen["minibatches"].append(torch.cat([obs, action[:, None].float()], 1).clone())
                 return result
 
-        class SpiedAdam(Adam):
-            def step(self, *args):
-                params = [p for group in self.param_groups for p in group["params"]]
-                seen["grad_norm"].append(float(torch.cat([p.grad.flatten() for p in params]).norm()))
-                seen["lr"].append(self.param_groups[0]["lr"])
-                seen["eps"].append(self.param_groups[0]["eps"])
-                return super().step(*args)
+        def spied_adam(params, exp_avg, exp_avg_sq, step, learning_rate):
+            seen["grad_norm"].append(float(params.grad.norm()))
+            seen["lr"].append(learning_rate)
+            seen["step"].append(step)
+            adam_step(params, exp_avg, exp_avg_sq, step, learning_rate)
 
         def spied_advantages(rewards, values, *args):
             result = compute_advantages(rewards, values, *args)
-            seen["rollouts"].append(rewards.numpy(force=True).copy())
-            seen["advantages"].append(result[0].numpy(force=True))
+            seen["rollouts"].append(rewards.copy())
+            seen["advantages"].append(result[0])
             return result
 
         def spied_loss(newlogprob, entropy, newvalue, logprobs, *args):
@@ -49,7 +47,7 @@ def trace(run, monkeypatch):
             patch.setattr(ppo, "Agent", SpiedAgent)
             patch.setattr(ppo, "compute_advantages", spied_advantages)
             patch.setattr(ppo, "ppo_loss", spied_loss)
-            patch.setattr(torch.optim, "Adam", SpiedAdam)
+            patch.setattr(ppo, "adam_step", spied_adam)
             seen["run"] = run(flags)
         return seen
 
@@ -76,12 +74,25 @@ def test_ratio_is_exactly_one_in_the_first_minibatch_of_each_update_and_not_afte
         assert (ratios[update * 16 + 15] - 1).abs().max() > 1e-4
 
 
-def test_learning_rate_is_exact_in_every_update_and_eps_is_1e_minus_5(trace):
+def test_learning_rate_is_exact_in_every_update(trace):
     seen = trace(SMALL + " --learning-rate 0.001")
     assert seen["lr"][::6] == [0.001, 0.75 * 0.001, 0.5 * 0.001, 0.25 * 0.001]
     assert all(len(set(seen["lr"][i : i + 6])) == 1 for i in range(0, 24, 6))
-    assert set(seen["eps"]) == {1e-5}
+    assert seen["step"] == list(range(1, 25))
     assert set(trace(SMALL + " --learning-rate 0.001 --no-anneal-lr")["lr"]) == {0.001}
+
+
+def test_adam_step_equals_torch_adam_with_eps_1e_minus_5_to_the_bit():
+    torch.manual_seed(0)
+    expected = torch.randn(5000, requires_grad=True)
+    optimizer = torch.optim.Adam([expected], lr=0.001, eps=1e-5)
+    params, exp_avg, exp_avg_sq = expected.detach().clone(), torch.zeros(5000), torch.zeros(5000)
+    for step in range(1, 101):
+        expected.grad = params.grad = 0.01 * torch.rand(()) * torch.randn(5000)
+        optimizer.param_groups[0]["lr"] = learning_rate = 0.001 * (1 - step / 200)
+        optimizer.step()
+        ppo.adam_step(params, exp_avg, exp_avg_sq, step, learning_rate)
+        assert params.equal(expected)
 
 
 def test_gradients_are_clipped_together_to_max_grad_norm(trace):
