@@ -1,0 +1,39 @@
+"""Stable-Baselines3's PPO with the settings of ppo.py: the same algorithm, environments, threads and logging."""
+
+import time
+
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+
+import ppo
+
+
+def train(args):
+    torch.set_num_threads(args.num_threads)
+    envs = make_vec_env(args.env_id, n_envs=args.num_envs, seed=args.seed)
+    model = PPO(
+        "MlpPolicy",
+        envs,
+        learning_rate=lambda remaining: remaining * args.learning_rate,
+        n_steps=args.num_steps,
+        batch_size=args.minibatch_size,
+        n_epochs=args.update_epochs,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        clip_range=args.clip_coef,
+        clip_range_vf=args.clip_coef,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        tensorboard_log="runs",
+        device="cpu",
+        seed=args.seed,
+    )
+    steps, start = args.num_updates * args.batch_size, time.perf_counter()
+    model.learn(steps)
+    print(f"SPS={steps / (time.perf_counter() - start):.0f}")
+
+
+if __name__ == "__main__":
+    train(ppo.parse_args())
