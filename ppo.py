@@ -5,7 +5,7 @@
     tensorboard --logdir runs                                            # the curves, in a browser
 
 PPO repeats two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update: these data
-serve several epochs of minibatch gradient steps, while a clipped objective keeps the policy near the one that played.
+serve several epochs of minibatch gradient steps; a clipped objective takes away what straying far from it could gain.
 Details, some from the paper and some known only from its code, make up PPO as it is used. Each is explained where it
 happens (search for "Detail 5", say); the loop that ties them together is train():
 
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     run, data, update = map(parser.add_argument_group, ("the run", "the data", "the update"))
     run.add_argument("--exp-name", default=Path(__file__).stem, help="name of the experiment")
     run.add_argument("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id; module:Id imports module first")
-    run.add_argument("--total-timesteps", type=int, default=25000, help="of all environments together")
+    run.add_argument("--total-timesteps", type=int, default=25000, help="of all environments, in whole batches")
     run.add_argument("--seed", type=int, default=1, help="of random, numpy, torch and the environments")
     add_bool(run, "torch-deterministic", default=True, help="deterministic algorithms where torch has them")
     add_bool(run, "cuda", default=True, help="use a GPU if there is one")
@@ -88,7 +88,7 @@ def parse_args(argv=None):
     update.add_argument("--num-minibatches", type=int, default=4, help="equal parts that a batch is split into")
     update.add_argument("--update-epochs", type=int, default=4, help="K, passes over each batch")
     add_bool(update, "norm-adv", default=True, help="normalize the advantages of each minibatch")
-    update.add_argument("--clip-coef", type=float, default=0.2, help="a ratio that changes by more gains nothing")
+    update.add_argument("--clip-coef", type=float, default=0.2, help="no gain from a ratio beyond 1 -+ this")
     add_bool(update, "clip-vloss", default=True, help="clip the value loss too")
     update.add_argument("--ent-coef", type=float, default=0.01, help="c2, weight of the entropy bonus")
     update.add_argument("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
@@ -103,22 +103,22 @@ def parse_args(argv=None):
         "gamma gae_lambda": (0, 1),
         "learning_rate clip_coef ent_coef vf_coef max_grad_norm target_kl": (0, 1e30),  # float32 ends soon after
     }
-    for name, (low, high) in ((name, limit) for names, limit in limits.items() for name in names.split()):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:  # NaN fails every comparison, and so this
-            fail(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
+    for names, (low, high) in limits.items():
+        for name, value in ((name, getattr(args, name)) for name in names.split()):
+            if value is not None and not low <= value <= high:  # not "value < low or ...": NaN must fail too
+                fail(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_updates = args.total_timesteps // args.batch_size
     batch = f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = {args.batch_size} steps"
-    if args.batch_size % args.num_minibatches or (args.norm_adv and args.minibatch_size == 1):  # one has no deviation
+    if args.batch_size % args.num_minibatches or (args.norm_adv and args.minibatch_size == 1):  # 1: std is NaN
         fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts of 2 steps or more")
     if args.num_updates < 1:
         fail(f"--total-timesteps {args.total_timesteps} is less than {batch}")
     return args
 
 
-def make_env(env_id, seed, render_mode=None, video_folder=None):
+def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
     """Return a function that makes one environment, which is what a vectorized environment is built from.
 
     Observations come as flat vectors; each finished episode reports its return and length in steps. ``seed`` is that of
@@ -134,6 +134,8 @@ def make_env(env_id, seed, render_mode=None, video_folder=None):
             env = gym.wrappers.FlattenObservation(env)  # Discrete becomes one-hot, Dict and Tuple one long vector
         if not isinstance(env.observation_space, gym.spaces.Box):
             raise ValueError(f"its observation space {env.observation_space} has no fixed size")
+        if copy_obs:  # some environments write each one into the same array, but final_obs must outlive reset
+            env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
         env = gym.wrappers.RecordEpisodeStatistics(env)
         if video_folder is not None:
             env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
@@ -162,7 +164,7 @@ class MLP(nn.ModuleList):
         self.weights = [(layer.weight, layer.bias) for layer in self]
 
     def forward(self, x):
-        *hidden, (weight, bias) = self.weights  # calling modules, as nn.Sequential does, would take as long again
+        *hidden, (weight, bias) = self.weights  # nn.Sequential, which calls modules, takes 1.3 to 1.8 times as long
         for w, b in hidden:
             x = torch.tanh(F.linear(x, w, b))
         return F.linear(x, weight, bias)
@@ -193,13 +195,13 @@ class Agent(nn.Module):
         logprobs = logits - logits.logsumexp(-1, keepdim=True)
         if action is None:
             action = torch.multinomial(logprobs.softmax(-1), 1).squeeze(-1)
-        logprob = logprobs.gather(-1, action[:, None]).squeeze(-1)  # before the entropy: backward sums in this order
+        logprob = logprobs.gather(-1, action[:, None]).squeeze(-1)  # before the entropy: keeps backward()'s rounding
         entropy = -(logprobs * logprobs.softmax(-1)).sum(-1)
         return action, logprob, entropy, self.get_value(obs)
 
 
 def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
-    """How much better each action turned out than the critic expected, A_t, and what the critic should have said.
+    """How much better each action turned out than the critic expected, A_t, and the critic's targets.
 
     rewards: (num_steps, num_envs). values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the step before obs[t]
     ended an episode. Episodes go on beyond the rollout: values[-1] stands for what was not seen (bootstrapping).
@@ -211,9 +213,9 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
         for t in reversed(range(len(rewards))):
             returns[t] = next_return = rewards[t] + gamma * continues[t] * next_return
         return returns - values[:-1], returns
-    # Detail 5: the surprise delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) estimates A_t with little noise, but with all
-    # of the critic's error. The sum of all later ones too, discounted by gamma, cancels that error but adds up noise.
-    # Discounting by gamma * lambda lies between: A_t = delta_t + gamma * lambda * A_{t+1}. ([GAE] equations 11 to 16)
+    # Detail 5: the TD error delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) estimates A_t with little noise, but with the
+    # critic's bias. In the sum of all later ones, discounted by gamma, the V's in between cancel: no bias, much noise.
+    # gamma * lambda lies between: A_t = delta_t + gamma * lambda * A_{t+1}. ([GAE] equations 11 to 16)
     deltas = rewards + gamma * values[1:] * continues - values[:-1]
     advantages, next_advantage = np.zeros_like(rewards), 0
     for t in reversed(range(len(rewards))):
@@ -236,30 +238,29 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     # pulls back a ratio that went the other way. ([PPO] equation 7, there a min, as it is maximized)
     clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-    # Detail 9: beyond clip_coef (in units of return!) from the rollout's value, a better one gains nothing. Not in the
+    # Detail 9: values that move beyond clip_coef (in units of return!) from the rollout's gain nothing more. Not in the
     # paper, and later found useless (arXiv:2005.12729) or harmful (arXiv:2006.05990). (baselines, as is the 0.5)
     v_loss = (newvalue - returns) ** 2
     if args.clip_vloss:
         clipped_value = values + torch.clamp(newvalue - values, -args.clip_coef, args.clip_coef)
         v_loss = torch.max(v_loss, (clipped_value - returns) ** 2)
     v_loss = 0.5 * v_loss.mean()
-
     # Detail 10: one loss, so one step, for both networks. Entropy is highest where all actions are equally likely; its
     # bonus keeps the policy from settling before it has tried enough. ([PPO] equation 9; [A3C])
     mean_entropy = entropy.mean()
     loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
-
-    # Debug variables: the estimates k1 and k3 of KL(pi_old || pi_new) in nats ([Schulman]; k3 is less noisy and never
+    # Debug variables: two estimates of KL(pi_old || pi_new) in nats ([Schulman]: k1, and k3, less noisy and never
     # negative), and the fraction of samples whose ratio left the clip range.
     stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": mean_entropy}
     with torch.no_grad():
         stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": (ratio - 1 - logratio).mean()}
-        return loss, stats | {"clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}
+        stats["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    return loss, stats
 
 
 def adam_step(params, exp_avg, exp_avg_sq, step, learning_rate, eps=1e-5, beta1=0.9, beta2=0.999):
-    """torch.optim.Adam's step (arXiv:1412.6980), to the bit, without the second that its import takes. Changes params
-    (whose gradient is params.grad), exp_avg and exp_avg_sq: (num_params,) each.
+    """torch.optim.Adam's step (arXiv:1412.6980), bit for bit on a CPU; to make one of those takes a second of imports.
+    Changes params, exp_avg and exp_avg_sq in place, reads params.grad: (num_params,) each.
     """
     exp_avg.lerp_(params.grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(params.grad, params.grad, value=1 - beta2)
@@ -269,10 +270,10 @@ def adam_step(params, exp_avg, exp_avg_sq, step, learning_rate, eps=1e-5, beta1=
 
 
 def train(args):
-    """Train an agent as ``args`` say and return it; print each episode, log to runs/<run_name>. Exit code 2, before a
-    file is made: the environment or W&B cannot be used; 1: the run diverged.
+    """Train an agent as ``args`` say and return it; print each episode, log to runs/<run_name>. Exit code 2, before
+    runs/ is touched: the environment or W&B cannot be used; 1: the run diverged.
     """
-    # What can be wrong with the environment or the account should show before anything is written.
+    # What can be wrong with the environment or the account should show before anything is written to runs/.
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # its greeting does not belong on standard output
     render_mode = "rgb_array" if args.capture_video else None
     try:
@@ -284,14 +285,13 @@ def train(args):
     except Exception as error:  # environments raise anything; their users need the reason, not our traceback
         fail(f"--env-id {args.env_id}{' --capture-video' * args.capture_video}: {str(error) or repr(error)}")
     if args.track:
-        try:  # before the SummaryWriter: sync_tensorboard sends what that gets, at its global_step
+        try:  # before the SummaryWriter is made: sync_tensorboard sends on what that gets
             import wandb  # takes a second, so only when it is asked for
 
             project, entity = args.wandb_project_name, args.wandb_entity
             wandb.init(project=project, entity=entity, config=vars(args), sync_tensorboard=True, save_code=True)
         except Exception as error:
             fail(f"--track: {error} (Or set WANDB_MODE=offline to do without an account.)")
-
     # A run's name is its own: if another run took it in the same second, this one takes the next second.
     Path("runs").mkdir(exist_ok=True)
     for second in range(int(time.time()), 2**63):
@@ -318,26 +318,26 @@ def train(args):
 
     # Detail 1: N environments are stepped together: one forward pass serves them all, and a batch holds N independent
     # stretches of play, less alike than one long stretch. An episode's end resets its environment in the same step:
-    # next_obs is then the next episode's first observation. ([A3C]; [PPO] Algorithm 1: N actors)
+    # obs[step + 1] is then the next episode's first one. ([A3C]; [PPO] Algorithm 1: N actors)
     video_folder = f"videos/{run_name}" if args.capture_video else None
-    thunks = [make_env(args.env_id, args.seed, render_mode, video_folder)]  # only the first one is filmed
-    thunks += [make_env(args.env_id, args.seed + i) for i in range(1, args.num_envs)]
+    thunks = [make_env(args.env_id, args.seed + i, copy_obs=args.bootstrap_truncation) for i in range(args.num_envs)]
+    thunks[0] = make_env(args.env_id, args.seed, render_mode, video_folder, args.bootstrap_truncation)  # the one filmed
     envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n).to(device)
-    # One vector for all parameters and one for all gradients, of which the agent's are views: a few operations on each
-    # instead of on every layer make an update a fifth shorter.
+    # One vector holds all parameters and one all gradients; the agent's own become views of them. Adam takes a few
+    # operations in all, then, instead of a few per layer: an update is a fifth shorter.
     params = torch.cat([p.detach().flatten() for p in agent.parameters()])
-    params.grad, exp_avg, exp_avg_sq = torch.zeros((3, len(params)), device=device)
+    params.grad, exp_avg, exp_avg_sq = torch.zeros((3, len(params)), device=device)  # the last two: Adam's moments
     sizes = [p.numel() for p in agent.parameters()]
     grads, adam_steps = params.grad.split(sizes), 0
     for p, data, grad in zip(agent.parameters(), params.split(sizes), grads, strict=True):
         p.data, p.grad = data.view_as(p), grad.view_as(p)
 
     # Storage of one rollout, and of what follows it
-    T, N, obs_dim = args.num_steps, args.num_envs, envs.single_observation_space.shape[0]
-    obs, dones = np.zeros((T + 1, N, obs_dim), np.float32), np.zeros((T + 1, N), np.float32)
-    logprobs, rewards, actions = *np.zeros((2, T, N), np.float32), np.zeros((T, N), np.int64)  # (num_steps, num_envs)
+    T, N = args.num_steps, args.num_envs
+    obs, dones = np.zeros((T + 1, *envs.observation_space.shape), np.float32), np.zeros((T + 1, N), np.float32)
+    logprobs, rewards = np.zeros((2, T, N), np.float32)  # (num_steps, num_envs) each, as are the actions
+    actions = np.zeros((T, N), np.int64)
     obs[-1], _ = envs.reset(seed=args.seed)  # sub-environment i gets seed + i
     global_step, recent_returns, logged_videos = 0, deque(maxlen=100), set()
     start_time = time.perf_counter()
@@ -349,7 +349,7 @@ def train(args):
             learning_rate = args.learning_rate * (1 - (update - 1) / args.num_updates if args.anneal_lr else 1)
 
             # Rollout
-            obs[0], dones[0] = obs[-1], dones[-1]  # begins with what followed the last one
+            obs[0], dones[0] = obs[-1], dones[-1]  # start where the last rollout stopped, the first one at the reset
             for step in range(args.num_steps):
                 global_step += args.num_envs
                 with torch.inference_mode():
@@ -358,15 +358,15 @@ def train(args):
                 obs[step + 1], rewards[step], terminations, truncations, infos = envs.step(actions[step])
                 dones[step + 1] = terminations | truncations
 
-                # By default a time limit ends an episode like a termination: nothing follows. But it would have gone
-                # on: V(final observation) is worth what was cut off, and joins the last reward. ([Pardo])
+                # By default a time limit ends an episode as a termination does: nothing follows. In truth it would have
+                # gone on: --bootstrap-truncation adds the lost gamma * V(final observation) to the reward. ([Pardo])
                 cut = np.flatnonzero(truncations & ~terminations)
                 if args.bootstrap_truncation and len(cut):
                     final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), dtype=torch.float32, device=device)
                     rewards[step, cut] += args.gamma * agent.get_value(final_obs).numpy(force=True)
                 if "final_info" in infos:
-                    finished = infos["_final_info"]  # (num_envs,), True where an episode ended
-                    episode_returns, lengths = (infos["final_info"]["episode"][k][finished] for k in ("r", "l"))
+                    finished, episodes = infos["_final_info"], infos["final_info"]["episode"]  # arrays: (num_envs,)
+                    episode_returns, lengths = episodes["r"][finished], episodes["l"][finished]
                     for r, length in zip(episode_returns, lengths, strict=True):
                         bar.write(f"global_step={global_step}, episodic_return={r}, episodic_length={length}")
                     recent_returns.extend(episode_returns)
@@ -397,7 +397,7 @@ def train(args):
                     loss.backward()
                     # Detail 11: if the gradient of all parameters, actor's and critic's together, is longer than this,
                     # it is shortened to it: one odd minibatch cannot wreck the policy. (baselines; arXiv:1211.5063)
-                    grad_norm = vector_norm(torch.stack([vector_norm(grad) for grad in grads]))
+                    grad_norm = vector_norm(torch.stack([vector_norm(grad) for grad in grads]))  # adds as PyTorch does
                     params.grad *= torch.clamp(args.max_grad_norm / (grad_norm + 1e-6), max=1.0)
                     adam_steps += 1
                     adam_step(params, exp_avg, exp_avg_sq, adam_steps, learning_rate)

@@ -88,13 +88,31 @@ class Corridor(gym.Env):
         return np.array([self.position / 10], np.float32), 1.0, self.position == self.end, False, {}
 
 
+class ReusingCorridor(Corridor):
+    """Writes every observation into the same array, as some environments do to save time."""
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.array = np.zeros(1, np.float32)
+
+    def reset(self, **kwargs):
+        self.array[:], info = super().reset(**kwargs)
+        return self.array, info
+
+    def step(self, action):
+        self.array[:], *rest = super().step(action)
+        return self.array, *rest
+
+
+gym.register("Reusing5-v0", ReusingCorridor, max_episode_steps=5, disable_env_checker=True)
 gym.register("TimeLimit5-v0", Corridor, max_episode_steps=5)
 gym.register("Terminates5-v0", Corridor, kwargs={"end": 5})
 gym.register("Both5-v0", Corridor, kwargs={"end": 5}, max_episode_steps=5)
 
 
 @pytest.mark.parametrize(
-    "env_id, bootstrapped", [("TimeLimit5-v0", True), ("Terminates5-v0", False), ("Both5-v0", False)]
+    "env_id, bootstrapped",
+    [("TimeLimit5-v0", True), ("Reusing5-v0", True), ("Terminates5-v0", False), ("Both5-v0", False)],
 )
 def test_only_truncation_is_bootstrapped_with_the_value_of_the_final_observation(
     env_id, bootstrapped, run, monkeypatch

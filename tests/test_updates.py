@@ -1,7 +1,9 @@
 """What the training loop does with each flag, seen from outside by watching the functions that it calls."""
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo
 
@@ -15,7 +17,7 @@ def trace(run, monkeypatch):
     """trace(flags) trains and returns what went through the algorithm in each rollout and minibatch."""
 
     def trace(flags):
-        seen = {key: [] for key in "rollouts advantages minibatches lr step grad_norm ratio loss".split()}
+        seen = {key: [] for key in "rollouts advantages explained minibatches lr step grad_norm ratio loss".split()}
         compute_advantages, ppo_loss, adam_step = ppo.compute_advantages, ppo.ppo_loss, ppo.adam_step
 
         class SpiedAgent(ppo.Agent):
@@ -35,6 +37,7 @@ def trace(run, monkeypatch):
             result = compute_advantages(rewards, values, *args)
             seen["rollouts"].append(rewards.copy())
             seen["advantages"].append(result[0])
+            seen["explained"].append(1 - np.var(result[1] - values[:-1]) / np.var(result[1]))
             return result
 
         def spied_loss(newlogprob, entropy, newvalue, logprobs, *args):
@@ -72,6 +75,14 @@ def test_ratio_is_exactly_one_in_the_first_minibatch_of_each_update_and_not_afte
         # Rollout and update pass the network in batches of different size, whose products may round differently.
         torch.testing.assert_close(ratios[update * 16], torch.ones(128), rtol=0, atol=3e-7)
         assert (ratios[update * 16 + 15] - 1).abs().max() > 1e-4
+
+
+def test_explained_variance_is_that_of_the_returns_by_the_values(trace):
+    seen = trace("--total-timesteps 2048 --learning-rate 0.01")
+    events = EventAccumulator(str(seen["run"].folder))
+    events.Reload()
+    logged = [event.value for event in events.Scalars("losses/explained_variance")]
+    assert logged == pytest.approx(seen["explained"], abs=1e-4) and len({round(x, 3) for x in logged}) == 4
 
 
 def test_learning_rate_is_exact_in_every_update(trace):
