@@ -32,6 +32,14 @@ register("NoFixedSize", observation_space=gym.spaces.Sequence(gym.spaces.Discret
 register("Exploding", reward=1e30)
 
 
+class NotFinite(Toy):
+    def step(self, action):
+        return np.full(2, np.nan, np.float32), 0.0, False, False, {}
+
+
+gym.register("NotFinite-v0", NotFinite, disable_env_checker=True)
+
+
 class WithoutRenderMode(Toy):
     def __init__(self):
         super().__init__()
@@ -111,7 +119,7 @@ def test_a_user_sees_the_line_and_the_exit_code(workdir):
     assert not list(workdir.iterdir())
 
 
-@pytest.mark.parametrize("flags", ["--env-id Exploding-v0", "--learning-rate 1e30 --env-id Acrobot-v1"])
+@pytest.mark.parametrize("flags", ["--env-id Exploding-v0", "--env-id NotFinite-v0", "--learning-rate 1e30"])
 def test_a_run_that_diverges_ends_with_exit_code_1_and_names_the_update(flags, fails):
     code, line = fails(flags + " --total-timesteps 4096", files_allowed=True)
     assert code == 1
