@@ -124,6 +124,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps-divisor", type=int, default=1, help="shorten every run, to try the benchmark itself")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, make the table of the saved rows anew")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table and the raw rows")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def main():
     done = {(r["steps"], r["num_envs"], r["repeat"], r["program"]) for r in rows}
     settings = [*SETTINGS, (0, 0, ("imports",))]
     jobs = [(s, n, k, p) for k in range(args.repeats) for s, n, programs in settings for p in programs]
-    jobs = [job for job in jobs if tuple(map(str, job)) not in done]
+    jobs = [] if args.table_only else [job for job in jobs if tuple(map(str, job)) not in done]
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         if not rows:
