@@ -52,6 +52,15 @@ def test_same_seed_repeats_and_another_seed_differs(run):
     assert other.episodes and other.episodes != run("--total-timesteps 2048 --seed 1").episodes
 
 
+@pytest.mark.parametrize("flag, enabled", [("", True), ("--no-torch-deterministic", False)])
+def test_torch_deterministic_switches_deterministic_algorithms(flag, enabled, run):
+    import torch
+
+    torch.set_deterministic_debug_mode("default" if enabled else "warn")
+    run(f"--total-timesteps 512 {flag}")
+    assert torch.are_deterministic_algorithms_enabled() is enabled
+
+
 def test_torch_uses_one_thread_unless_told_otherwise(run):
     """The same numbers on any core count rest on it."""
     import torch
