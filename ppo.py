@@ -9,37 +9,35 @@ serve several epochs of minibatch gradient steps; a clipped objective takes away
 Details, some from the paper and some known only from its code, make up PPO as it is used. Each is explained where it
 happens (search for "Detail 5", say); the loop that ties them together is train():
 
-     1. vectorized environments              7. advantage normalization
-     2. orthogonal initialization            8. clipped policy objective
-     3. Adam's epsilon                       9. clipped value loss
-     4. learning rate annealing             10. overall loss with an entropy bonus
-     5. generalized advantage estimation    11. global gradient clipping
-     6. minibatches                          Bonus: early stopping by the KL divergence
+    1. vectorized environments        5. generalized advantage estimation     9. clipped value loss
+    2. orthogonal initialization      6. minibatches                         10. overall loss with an entropy bonus
+    3. Adam's epsilon                 7. advantage normalization             11. global gradient clipping
+    4. learning rate annealing        8. clipped policy objective            Bonus: early stopping by the KL divergence
 
-Sources, by the names that the comments use:
-    [PPO]  Schulman et al. 2017, arXiv:1707.06347       [GAE]    Schulman et al. 2016, arXiv:1506.02438
-    [A3C]  Mnih et al. 2016, arXiv:1602.01783           [Pardo]  Pardo et al. 2018, Time Limits, arXiv:1712.00378
-    [baselines]  the original code, github.com/openai/baselines, folder baselines/ppo2
-    [Huang]  The 37 Implementation Details of PPO, ICLR Blog Track 2022   [Schulman]  joschu.net/blog/kl-approx.html
+Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347; [GAE] Schulman et al. 2016, arXiv:1506.02438; [A3C] Mnih et al.
+2016, arXiv:1602.01783; [Pardo] Pardo et al. 2018, arXiv:1712.00378; [baselines] the original code, folder ppo2 of
+github.com/openai/baselines; [Huang] The 37 Implementation Details of PPO, ICLR Blog Track 2022.
 """
 
 import argparse
 import contextlib
 import math
 import os
+import pickle
 import random
 import re
+import signal
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.linalg import vector_norm
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -51,10 +49,7 @@ def fail(message, exit_code=2):
 
 
 def parse_args(argv=None):
-    """Read the command line (``argv``, or ``sys.argv[1:]``) and check it: bad input exits with code 2 and one line.
-
-    Returns an ``argparse.Namespace`` of the flags and the derived batch_size, minibatch_size (steps) and num_updates.
-    """
+    """The checked flags, an argparse.Namespace, with batch_size and minibatch_size (in steps) and num_updates added."""
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = fail  # argparse's own prints the usage too, in which the one line that matters is lost
 
@@ -68,6 +63,8 @@ def parse_args(argv=None):
     run, data, update = map(parser.add_argument_group, ("the run", "the data", "the update"))
     run.add_argument("--exp-name", default=Path(__file__).stem, help="name of the experiment")
     run.add_argument("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id; module:Id imports module first")
+    run.add_argument("--resume", metavar="RUN", help="go on with the run in the folder runs/RUN, and with its flags")
+    run.add_argument("--checkpoint-interval", type=int, default=10, help="updates between checkpoints; 0: none")
     run.add_argument("--total-timesteps", type=int, default=25000, help="of all environments, in whole batches")
     run.add_argument("--seed", type=int, default=1, help="of random, numpy, torch and the environments")
     add_bool(run, "torch-deterministic", default=True, help="deterministic algorithms where torch has them")
@@ -95,18 +92,20 @@ def parse_args(argv=None):
     update.add_argument("--max-grad-norm", type=float, default=0.5, help="largest norm of all gradients together")
     update.add_argument("--target-kl", type=float, default=None, help="end an update beyond this KL; 0.015 is usual")
     args = parser.parse_args(argv)
-
-    limits = {
-        "total_timesteps num_envs num_steps num_minibatches update_epochs": (1, math.inf),
-        "num_threads": (1, 1024),
-        "seed": (0, 2**32 - 1),  # what numpy takes
-        "gamma gae_lambda": (0, 1),
-        "learning_rate clip_coef ent_coef vf_coef max_grad_norm target_kl": (0, 1e30),  # float32 ends soon after
-    }
-    for names, (low, high) in limits.items():
-        for name, value in ((name, getattr(args, name)) for name in names.split()):
-            if value is not None and not low <= value <= high:  # not "value < low or ...": NaN must fail too
-                fail(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
+    if args.resume:  # that run's flags take the place of the defaults, and none may be given another value
+        saved = load_checkpoint(args.resume)["args"]
+        args = parser.parse_args(argv, argparse.Namespace(**saved))
+        changed = {name: was for name, was in saved.items() if name != "resume" and getattr(args, name) != was}
+        if changed and (args.total_timesteps <= saved["total_timesteps"] or len(changed) > 1):
+            fail(f"--resume keeps the flags of its run, of which only total_timesteps may grow. Before: {changed}")
+        if changed and args.anneal_lr:
+            print(f"note: annealed over {args.total_timesteps} steps now, the learning rate goes on higher than it was")
+    ranges = {"seed": (0, 2**32 - 1), "checkpoint_interval": (0, math.inf), "num_threads": (1, 1024)}
+    ranges |= {"gamma": (0, 1), "gae_lambda": (0, 1)}
+    for name, value in vars(args).items():
+        low, high = ranges.get(name, (1, math.inf) if type(value) is int else (0, 1e30))  # float32 ends soon after
+        if type(value) in (int, float) and not low <= value <= high:  # not "value < low or ...": NaN must fail too
+            fail(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_updates = args.total_timesteps // args.batch_size
@@ -119,11 +118,8 @@ def parse_args(argv=None):
 
 
 def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
-    """Return a function that makes one environment, which is what a vectorized environment is built from.
-
-    Observations come as flat vectors; each finished episode reports its return and length in steps. ``seed`` is that of
-    the spaces; ``reset`` takes the environment's own. With ``render_mode="rgb_array"`` and a ``video_folder``, episodes
-    0, 1, 8, 27, 64, ... become mp4 files there. Raises ValueError for spaces that it cannot handle.
+    """Return a function that makes one environment with flat observations, as vectorized environments want it. Episodes
+    0, 1, 8, 27, ... become mp4 files in ``video_folder``, if there is one. ValueError: a space is not supported.
     """
 
     def thunk():
@@ -136,7 +132,6 @@ def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
             raise ValueError(f"its observation space {env.observation_space} has no fixed size")
         if copy_obs:  # some environments write each one into the same array, but final_obs must outlive reset
             env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
-        env = gym.wrappers.RecordEpisodeStatistics(env)
         if video_folder is not None:
             env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
         env.action_space.seed(seed)
@@ -147,7 +142,6 @@ def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
 
 
 def layer_init(layer, gain=2**0.5, bias=0.0):
-    """Fill ``layer.weight`` with orthogonal rows (or columns) of length ``gain`` and ``layer.bias`` with a constant."""
     # Detail 2: an orthogonal matrix stretches all directions alike, so that neither signals nor gradients vanish or
     # explode in a fresh network. These gains are the original code's. (baselines; Saxe et al. 2014, arXiv:1312.6120)
     nn.init.orthogonal_(layer.weight, gain)
@@ -184,7 +178,7 @@ class Agent(nn.Module):
 
     def get_action(self, obs):
         """obs: (batch, obs_dim). Returns actions drawn from the policy and their log-probabilities: (batch,) each."""
-        logits = self.actor(obs)
+        logits = self.actor(obs).cpu()  # drawn there on every device: one generator to seed and to save
         logprobs = logits - logits.logsumexp(-1, keepdim=True)  # log pi(.|s): (batch, num_actions)
         probs = logprobs.softmax(-1)  # torch.multinomial(probs, 1) is what follows, and checks: 7 % of all time
         action = (probs / torch.empty_like(probs).exponential_(1)).argmax(-1, keepdim=True)
@@ -202,11 +196,9 @@ class Agent(nn.Module):
 
 
 def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
-    """How much better each action turned out than the critic expected, A_t, and the critic's targets.
-
-    rewards: (num_steps, num_envs). values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the step before obs[t]
-    ended an episode. Episodes go on beyond the rollout: values[-1] stands for what was not seen (bootstrapping).
-    Returns both, the advantages and the "returns": (num_steps, num_envs) each.
+    """Advantages, how much better each action turned out than the critic expected, and returns, the critic's targets:
+    (num_steps, num_envs) each, as are the rewards. values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the
+    step before obs[t] ended an episode. values[-1] stands for what follows the rollout (bootstrapping).
     """
     continues = 1.0 - dones[1:]  # 0 where step t ended an episode: nothing that follows counts
     if not gae:  # R_t = r_t + gamma * R_{t+1}; A_t = R_t - V(s_t): what lambda = 1 gives too, up to rounding
@@ -225,9 +217,8 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
 
 
 def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args):
-    """The loss of one minibatch, and a dict of what to log. All arguments but args, of which it reads five flags, are
-    (minibatch_size,). Names with "new", and entropy, are of the current agent, the others of the rollout.
-    """
+    """The loss of a minibatch, and a dict of what to log. Arguments: (minibatch_size,) each, except for args; names
+    with "new", and the entropy, are of the current agent, the others of the rollout."""
     logratio = newlogprob - logprobs
     ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
     # Detail 7: with mean 0 and deviation 1 the scale of the rewards drops out of the policy loss, and about half of the
@@ -250,8 +241,8 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     # bonus keeps the policy from settling before it has tried enough. ([PPO] equation 9; [A3C])
     mean_entropy = entropy.mean()
     loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
-    # Debug variables: two estimates of KL(pi_old || pi_new) in nats ([Schulman]: k1, and k3, less noisy and never
-    # negative), and the fraction of samples whose ratio left the clip range.
+    # Debug variables: two estimates of KL(pi_old || pi_new) in nats (k1 and k3, less noisy and never negative, of
+    # joschu.net/blog/kl-approx.html), and the fraction of samples whose ratio left the clip range.
     stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": mean_entropy}
     with torch.no_grad():
         stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": (ratio - 1 - logratio).mean()}
@@ -259,21 +250,9 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     return loss, stats
 
 
-def adam_step(params, exp_avg, exp_avg_sq, step, learning_rate, eps=1e-5, beta1=0.9, beta2=0.999):
-    """torch.optim.Adam's step (arXiv:1412.6980), bit for bit on a CPU; to make one of those takes a second of imports.
-    Changes params, exp_avg and exp_avg_sq in place, reads params.grad: (num_params,) each.
-    """
-    exp_avg.lerp_(params.grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(params.grad, params.grad, value=1 - beta2)
-    # Detail 3: eps 1e-5, not PyTorch's 1e-8, keeps steps small where gradients are tiny, mostly noise. (baselines)
-    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5) + eps
-    params.addcdiv_(exp_avg, denominator, value=-learning_rate / (1 - beta1**step))  # step: 1, 2, ...
-
-
-def train(args):
-    """Train an agent as ``args`` say and return it; print each episode, log to runs/<run_name>. Exit code 2, before
-    runs/ is touched: the environment or W&B cannot be used; 1: the run diverged.
-    """
+def train(args, stop_signals=()):
+    """Train an agent and return it; print episodes, log to runs/<run_name>. ``stop_signals``, once not empty, stops it
+    after the update. Exit code 2: the environment or W&B cannot be used (runs/ is untouched); 1: the run broke."""
     # What can be wrong with the environment or the account should show before anything is written to runs/.
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # its greeting does not belong on standard output
     render_mode = "rgb_array" if args.capture_video else None
@@ -285,27 +264,34 @@ def train(args):
         env.close()
     except Exception as error:  # environments raise anything; their users need the reason, not our traceback
         fail(f"--env-id {args.env_id}{' --capture-video' * args.capture_video}: {str(error) or repr(error)}")
+    saved = args.resume and load_checkpoint(args.resume)
+    last_update, global_step, wandb_id = saved["progress"] if saved else (0, 0, None)
     if args.track:
-        try:  # before the SummaryWriter is made: sync_tensorboard sends on what that gets
-            import wandb  # takes a second, so only when it is asked for
+        import wandb  # takes a second, so only when it is asked for
 
-            project, entity = args.wandb_project_name, args.wandb_entity
-            wandb.init(project=project, entity=entity, config=vars(args), sync_tensorboard=True, save_code=True)
+        options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": vars(args)}
+        options |= {"sync_tensorboard": True, "save_code": True, "id": wandb_id, "resume": "allow"}
+        try:  # before the SummaryWriter is made: sync_tensorboard sends on what that gets
+            wandb_id = wandb.init(**options).id
+        except wandb.errors.CommError as error:
+            print(f"note: W&B cannot be reached and logs to the disk, for wandb sync later: {error}")
+            wandb_id = wandb.init(**options, mode="offline").id
         except Exception as error:
             fail(f"--track: {error} (Or set WANDB_MODE=offline to do without an account.)")
-    # A run's name is its own: if another run took it in the same second, this one takes the next second.
-    Path("runs").mkdir(exist_ok=True)
-    for second in range(int(time.time()), 2**63):
-        run_name = re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{second}")
+    folder = Path(args.resume or "runs")
+    folder.mkdir(exist_ok=True)
+    for second in range(int(time.time()), 2**63) if not saved else ():  # two runs of one second get different names
+        folder = Path("runs", re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{second}"))
         with contextlib.suppress(FileExistsError):
-            Path("runs", run_name).mkdir()
+            folder.mkdir()
             break
+    video_folder = Path("videos", folder.name, f"from-step-{global_step}" if saved else "")
     if args.track:
-        wandb.run.name = run_name
-    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
-    for name, value in (vars(args) | spaces | {"max_episode_steps": env.spec.max_episode_steps}).items():
+        wandb.run.name = folder.name
+    facts = {"observation_space": env.observation_space, "action_space": env.action_space}
+    for name, value in (vars(args) | facts | {"max_episode_steps": env.spec.max_episode_steps}).items():
         print(f"{name}={' '.join(str(value).split())}")
-    writer = SummaryWriter(f"runs/{run_name}")
+    writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)  # hides what a resumed run redoes
     writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
 
     # Seeds: from here on, only the algorithm draws from these generators.
@@ -320,30 +306,43 @@ def train(args):
     # Detail 1: N environments are stepped together: one forward pass serves them all, and a batch holds N independent
     # stretches of play, less alike than one long stretch. An episode's end resets its environment in the same step:
     # obs[step + 1] is then the next episode's first one. ([A3C]; [PPO] Algorithm 1: N actors)
-    video_folder = f"videos/{run_name}" if args.capture_video else None
     thunks = [make_env(args.env_id, args.seed + i, copy_obs=args.bootstrap_truncation) for i in range(args.num_envs)]
-    thunks[0] = make_env(args.env_id, args.seed, render_mode, video_folder, args.bootstrap_truncation)  # the one filmed
+    if args.capture_video:
+        thunks[0] = make_env(args.env_id, args.seed, render_mode, video_folder, args.bootstrap_truncation)
     envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n).to(device)
-    # One vector holds all parameters and one all gradients; the agent's own become views of them. Adam takes a few
-    # operations in all, then, instead of a few per layer: an update is a fifth shorter.
-    params = torch.cat([p.detach().flatten() for p in agent.parameters()])
-    params.grad, exp_avg, exp_avg_sq = torch.zeros((3, len(params)), device=device)  # the last two: Adam's moments
-    sizes = [p.numel() for p in agent.parameters()]
-    grads, adam_steps = params.grad.split(sizes), 0
-    for p, data, grad in zip(agent.parameters(), params.split(sizes), grads, strict=True):
-        p.data, p.grad = data.view_as(p), grad.view_as(p)
-    # Storage of one rollout, and of what follows it
+    # Detail 3: eps 1e-5, not PyTorch's 1e-8, keeps steps small where gradients are tiny, mostly noise. (baselines)
+    # adam is what torch.optim.Adam calls; an object of that class takes a second of imports. The agent's parameters and
+    # gradients become views of two long vectors: updates take a fifth less time.
+    adam_options = {"eps": 1e-5, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0, "amsgrad": False, "maximize": False}
+    params = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    nn.utils.vector_to_parameters(params, agent.parameters())
+    params.grad, exp_avg, exp_avg_sq = torch.zeros((3, len(params)), device=device)
+    adam_steps, grads = torch.tensor(0.0), params.grad.split([p.numel() for p in agent.parameters()])
+    for p, grad in zip(agent.parameters(), grads, strict=True):
+        p.grad = grad.view_as(p)
+    adam_state = [exp_avg], [exp_avg_sq], [], [adam_steps]
     T, N = args.num_steps, args.num_envs
     obs, dones = np.zeros((T + 1, *envs.observation_space.shape), np.float32), np.zeros((T + 1, N), np.float32)
     logprobs, rewards = np.zeros((2, T, N), np.float32)  # (num_steps, num_envs) each, as are the actions
     actions = np.zeros((T, N), np.int64)
-    obs[-1], _ = envs.reset(seed=args.seed)  # sub-environment i gets seed + i
-    global_step, recent_returns, logged_videos = 0, deque(maxlen=100), set()
-    start_time = time.perf_counter()
-    bar = tqdm(total=args.num_updates * args.batch_size, unit="step", disable=None)  # None: only on a terminal
+    if saved:
+        agent.load_state_dict(saved["agent"])
+        exp_avg[:], exp_avg_sq[:], adam_steps[...] = saved["adam"]
+        random.setstate(saved["random"])
+        np.random.set_state(saved["numpy"])
+        torch.set_rng_state(saved["torch"])
+    if saved and len(saved["envs"]):
+        envs, obs[-1] = pickle.loads(saved["envs"].numpy().tobytes())  # this could run a stranger's code: see README
+    else:
+        obs[-1], _ = envs.reset(seed=args.seed + global_step)  # sub-environment i gets seed + i
+        if saved:
+            print("note: these environments could not be saved, so new episodes start")
+    start_step, start_time, logged_videos = global_step, time.perf_counter(), set()
+    bar = tqdm(total=args.num_updates * args.batch_size, initial=global_step, disable=None)  # None: if on a terminal
     try:
-        for update in range(1, args.num_updates + 1):
+        for update in range(last_update + 1, args.num_updates + 1):
             # Detail 4: large steps while there is much to learn, ever smaller ones to settle on what was found: linear
             # from learning_rate in the first update to learning_rate / num_updates in the last. ([PPO] table 5)
             learning_rate = args.learning_rate * (1 - (update - 1) / args.num_updates if args.anneal_lr else 1)
@@ -354,8 +353,11 @@ def train(args):
                 global_step += args.num_envs
                 with torch.inference_mode():
                     action, logprob = agent.get_action(torch.as_tensor(obs[step], device=device))
-                actions[step], logprobs[step] = action.numpy(force=True), logprob.numpy(force=True)
-                obs[step + 1], rewards[step], terminations, truncations, infos = envs.step(actions[step])
+                actions[step], logprobs[step] = action.numpy(), logprob.numpy()
+                try:
+                    obs[step + 1], rewards[step], terminations, truncations, infos = envs.step(actions[step])
+                except Exception as error:
+                    fail(f"{args.env_id} broke in global_step {global_step}: {error!r}", 1)
                 dones[step + 1] = terminations | truncations
 
                 # By default a time limit ends an episode as a termination does: nothing follows. In truth it would have
@@ -364,17 +366,14 @@ def train(args):
                 if args.bootstrap_truncation and len(cut):
                     final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), dtype=torch.float32, device=device)
                     rewards[step, cut] += args.gamma * agent.get_value(final_obs).numpy(force=True)
-                if "final_info" in infos:
-                    finished, episodes = infos["_final_info"], infos["final_info"]["episode"]  # arrays: (num_envs,)
-                    episode_returns, lengths = episodes["r"][finished], episodes["l"][finished]
+                if "episode" in infos:
+                    finished = infos["_episode"]  # which ones: (num_envs,), as are the two below
+                    episode_returns, lengths = infos["episode"]["r"][finished], infos["episode"]["l"][finished]
                     for r, length in zip(episode_returns, lengths, strict=True):
                         bar.write(f"global_step={global_step}, episodic_return={r}, episodic_length={length}")
-                    recent_returns.extend(episode_returns)
                     # Episodes that end in the same step share one point, their mean.
                     writer.add_scalar("charts/episodic_return", episode_returns.mean(), global_step)
                     writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
-                    if args.track and args.capture_video and finished[0]:
-                        log_videos(video_folder, logged_videos, global_step)
 
             # Advantages. Values were not needed to act: one call gives all of them, (num_steps + 1, num_envs).
             values = agent.get_value(torch.as_tensor(obs, device=device)).numpy(force=True)
@@ -397,10 +396,9 @@ def train(args):
                     loss.backward()
                     # Detail 11: if the gradient of all parameters, actor's and critic's together, is longer than this,
                     # it is shortened to it: one odd minibatch cannot wreck the policy. (baselines; arXiv:1211.5063)
-                    grad_norm = vector_norm(torch.stack([vector_norm(grad) for grad in grads]))  # adds as PyTorch does
+                    grad_norm = nn.utils.get_total_norm(grads)
                     params.grad *= torch.clamp(args.max_grad_norm / (grad_norm + 1e-6), max=1.0)
-                    adam_steps += 1
-                    adam_step(params, exp_avg, exp_avg_sq, adam_steps, learning_rate)
+                    adam([params], [params.grad], *adam_state, lr=learning_rate, **adam_options)
                 # Bonus: clipping does not bound how far many steps lead. If the last minibatch's KL is over target_kl,
                 # these data are too old for another epoch. (OpenAI Spinning Up, at every step; [Huang] as here)
                 if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
@@ -411,39 +409,83 @@ def train(args):
             # is 1 for a critic right up to a constant, 0 for one no better than a constant, below 0 for a worse one.
             stats["clipfrac"] = np.mean(clipfracs)
             stats["explained_variance"] = 1 - (returns - values[:-1]).var() / (returns.var() + 1e-8)
-            for name, value in stats.items():
-                writer.add_scalar(f"losses/{name}", value, global_step)
-            sps = int(global_step / (time.perf_counter() - start_time))
-            writer.add_scalar("charts/SPS", sps, global_step)
-            writer.add_scalar("charts/learning_rate", learning_rate, global_step)
-            bar.set_postfix(SPS=sps, mean_return=np.mean(recent_returns or [math.nan]), refresh=False)
+            sps = int((global_step - start_step) / (time.perf_counter() - start_time))
+            charts = {"charts/SPS": sps, "charts/learning_rate": learning_rate}
+            for name, value in (charts | {f"losses/{name}": value for name, value in stats.items()}).items():
+                writer.add_scalar(name, value, global_step)
+            bar.set_postfix(SPS=sps, mean_return=np.mean(envs.return_queue or [math.nan]), refresh=False)
             bar.update(args.batch_size)
             sys.stdout.flush()  # a record in a file or a pipe is complete up to this update
+            if args.track and args.capture_video:  # wandb's own monitor_gym breaks with Gymnasium 1.0 and later
+                for path in sorted(set(video_folder.glob("*.mp4")) - logged_videos):
+                    wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": global_step})
+                    logged_videos.add(path)
+            last = update == args.num_updates or stop_signals
+            if args.checkpoint_interval and (last or update % args.checkpoint_interval == 0):
+                writer.flush()  # what is in TensorBoard is never behind the checkpoint
+                state = {"agent": agent.state_dict(), "adam": (exp_avg, exp_avg_sq, adam_steps)}
+                state |= {"args": vars(args), "progress": (update, global_step, wandb_id)}
+                save_checkpoint(folder, state, (envs, obs[-1]))
+            if last:
+                break
     finally:
         for resource in (envs, writer, bar):  # closing the environments finishes a video
             resource.close()
-        if args.track and args.capture_video:
-            log_videos(video_folder, logged_videos, global_step)
         if args.track:
             wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
-    print(f"results: runs/{run_name}" + f" and {video_folder}" * args.capture_video)
+    if stop_signals and args.checkpoint_interval:
+        print(f"stopped at step {global_step} of {args.total_timesteps}; to go on: python ppo.py --resume {folder}")
+    print(f"results: {folder}" + f" and {video_folder}" * args.capture_video)
     return agent
 
 
-def log_videos(video_folder, logged, global_step):
-    """Give W&B the videos finished since the last call. (Its own monitor_gym breaks with Gymnasium 1.0 and later.)"""
-    import wandb
+def save_checkpoint(folder, checkpoint, envs):
+    """Write the dict, generators and environments to folder/checkpoint.pt, whole or not at all. Exit code 1: cannot."""
+    try:
+        frozen = cloudpickle.dumps(envs)  # pickle alone refuses the functions in some wrappers
+    except Exception:  # simulators written in C, windows and other processes cannot be pickled
+        frozen = b""
+    # Gymnasium's EzPickle only seems to work: it saves how an environment was made, not where it stands.
+    frozen = np.frombuffer(b"" if b"_ezpickle_args" in frozen else frozen, np.uint8)
+    name, keys, *rest = np.random.get_state()
+    checkpoint |= {"random": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    try:
+        with open(folder / "checkpoint.tmp", "wb") as file:
+            torch.save(checkpoint | {"envs": torch.tensor(frozen)}, file)
+            file.flush()
+            os.fsync(file)  # down to the disk, before it takes the place of the last one
+        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:
+        fail(f"cannot save {folder}/checkpoint.pt (one saved before is still whole): {error}", 1)
 
-    for path in sorted(set(Path(video_folder).glob("*.mp4")) - logged):
-        wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": global_step})
-        logged.add(path)
+
+def load_checkpoint(folder):
+    """Read what save_checkpoint wrote, without running code that a stranger may have put there. Exit code 2: cannot."""
+    try:
+        checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in "args agent adam progress envs random numpy torch".split()}
+    except OSError as error:
+        fail(error)
+    except Exception as error:  # a file can be wrong in many ways
+        fail(f"{folder}/checkpoint.pt is not a whole checkpoint of ppo.py: {type(error).__name__}")
 
 
 def main(argv=None):
+    args, stop_signals = parse_args(argv), []
+
+    def stop(number, frame):  # after this update; a second signal finds the default handlers and stops at once
+        stop_signals.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
-        train(parse_args(argv))
+        train(args, stop_signals)
     except OSError as error:  # a full disk, or a folder that may not be written to
         fail(error, exit_code=1)
+    if stop_signals:
+        sys.exit(128 + stop_signals[0])  # as shells call a death by this signal
 
 
 if __name__ == "__main__":

@@ -42,7 +42,10 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
     envs = gym.vector.SyncVectorEnv(
-        [ppo.make_env(args.env_id, args.seed + i) for i in range(args.num_envs)],
+        [
+            lambda i=i: gym.wrappers.RecordEpisodeStatistics(ppo.make_env(args.env_id, args.seed + i)())
+            for i in range(args.num_envs)
+        ],
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n)

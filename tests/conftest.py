@@ -1,6 +1,7 @@
 """Shared tools: run ppo.py in a folder of its own, in this process or as a user would, and read what it printed."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,10 @@ def workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    return tmp_path
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in handlers.items():  # main changes them
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -17,8 +17,11 @@ def trace(run, monkeypatch):
     """trace(flags) trains and returns what went through the algorithm in each rollout and minibatch."""
 
     def trace(flags):
-        seen = {key: [] for key in "rollouts advantages explained minibatches lr step grad_norm ratio loss".split()}
-        compute_advantages, ppo_loss, adam_step = ppo.compute_advantages, ppo.ppo_loss, ppo.adam_step
+        seen = {
+            key: []
+            for key in "rollouts advantages explained minibatches lr step grad_norm ratio loss before params grads".split()
+        }
+        compute_advantages, ppo_loss, adam = ppo.compute_advantages, ppo.ppo_loss, ppo.adam
 
         class SpiedAgent(ppo.Agent):
             def get_action_and_value(self, obs, action=None):
@@ -27,11 +30,14 @@ def trace(run, monkeypatch):
                     seen["minibatches"].append(torch.cat([obs, action[:, None].float()], 1).clone())
                 return result
 
-        def spied_adam(params, exp_avg, exp_avg_sq, step, learning_rate):
-            seen["grad_norm"].append(float(params.grad.norm()))
-            seen["lr"].append(learning_rate)
-            seen["step"].append(step)
-            adam_step(params, exp_avg, exp_avg_sq, step, learning_rate)
+        def spied_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options):
+            seen["before"].append(params[0].clone())
+            adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
+            seen["grad_norm"].append(float(params[0].grad.norm()))
+            seen["lr"].append(options["lr"])
+            seen["step"].append(int(steps[0]))
+            seen["params"].append(params[0].clone())
+            seen["grads"].append(params[0].grad.clone())
 
         def spied_advantages(rewards, values, *args):
             result = compute_advantages(rewards, values, *args)
@@ -50,7 +56,7 @@ def trace(run, monkeypatch):
             patch.setattr(ppo, "Agent", SpiedAgent)
             patch.setattr(ppo, "compute_advantages", spied_advantages)
             patch.setattr(ppo, "ppo_loss", spied_loss)
-            patch.setattr(ppo, "adam_step", spied_adam)
+            patch.setattr(ppo, "adam", spied_adam)
             seen["run"] = run(flags)
         return seen
 
@@ -93,16 +99,13 @@ def test_learning_rate_is_exact_in_every_update(trace):
     assert set(trace(SMALL + " --learning-rate 0.001 --no-anneal-lr")["lr"]) == {0.001}
 
 
-def test_adam_step_equals_torch_adam_with_eps_1e_minus_5_to_the_bit():
-    torch.manual_seed(0)
-    expected = torch.randn(5000, requires_grad=True)
-    optimizer = torch.optim.Adam([expected], lr=0.001, eps=1e-5)
-    params, exp_avg, exp_avg_sq = expected.detach().clone(), torch.zeros(5000), torch.zeros(5000)
-    for step in range(1, 101):
-        expected.grad = params.grad = 0.01 * torch.rand(()) * torch.randn(5000)
-        optimizer.param_groups[0]["lr"] = learning_rate = 0.001 * (1 - step / 200)
+def test_steps_are_those_of_torch_adam_with_eps_1e_minus_5_to_the_bit(trace):
+    seen = trace(SMALL)
+    expected = seen["before"][0].requires_grad_()
+    optimizer = torch.optim.Adam([expected], eps=1e-5)
+    for gradient, learning_rate, params in zip(seen["grads"], seen["lr"], seen["params"], strict=True):
+        expected.grad, optimizer.param_groups[0]["lr"] = gradient, learning_rate
         optimizer.step()
-        ppo.adam_step(params, exp_avg, exp_avg_sq, step, learning_rate)
         assert params.equal(expected)
 
 
@@ -186,7 +189,7 @@ def test_defaults_are_those_of_the_design_and_sizes_are_derived():
     args = vars(ppo.parse_args([]))
     expected = dict(
         exp_name="ppo", env_id="CartPole-v1", learning_rate=2.5e-4, seed=1, total_timesteps=25000, cuda=True,
-        torch_deterministic=True, num_threads=1, track=False, wandb_project_name="cleanrl", wandb_entity=None,
+        torch_deterministic=True, num_threads=1, resume=None, checkpoint_interval=10, track=False, wandb_project_name="cleanrl", wandb_entity=None,
         capture_video=False, num_envs=4, num_steps=128, anneal_lr=True, gae=True, gamma=0.99, gae_lambda=0.95,
         num_minibatches=4, update_epochs=4, norm_adv=True, clip_coef=0.2, clip_vloss=True, ent_coef=0.01, vf_coef=0.5,
         max_grad_norm=0.5, target_kl=None, bootstrap_truncation=False, batch_size=512, minibatch_size=128,
