@@ -21,7 +21,9 @@ github.com/openai/baselines; [Huang] The 37 Implementation Details of PPO, ICLR 
 
 import argparse
 import contextlib
+import functools
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -35,11 +37,14 @@ import cloudpickle
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+MODES = ("sync", "async", "vector_entry_point")  # as in Gymnasium
 
 
 def fail(message, exit_code=2):
@@ -75,6 +80,9 @@ def parse_args(argv=None):
     run.add_argument("--wandb-entity", default=None, help="W&B user or team; None is your own")
     add_bool(run, "capture-video", default=False, help="record videos of the first environment to videos/<run_name>")
     data.add_argument("--num-envs", type=int, default=4, help="N, environments that are stepped together")
+    data.add_argument(
+        "--vectorization-mode", default="sync", choices=MODES, help="one by one, in processes, as a batch"
+    )
     data.add_argument("--num-steps", type=int, default=128, help="T, steps per environment and rollout")
     add_bool(data, "gae", default=True, help="generalized advantage estimation; off: discounted returns minus values")
     data.add_argument("--gamma", type=float, default=0.99, help="discount per step, 0 to 1")
@@ -92,9 +100,10 @@ def parse_args(argv=None):
     update.add_argument("--max-grad-norm", type=float, default=0.5, help="largest norm of all gradients together")
     update.add_argument("--target-kl", type=float, default=None, help="end an update beyond this KL; 0.015 is usual")
     args = parser.parse_args(argv)
+    args.world_size = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes, which torchrun says
     if args.resume:  # that run's flags take the place of the defaults, and none may be given another value
         saved = load_checkpoint(args.resume)["args"]
-        args = parser.parse_args(argv, argparse.Namespace(**saved))
+        args = parser.parse_args(argv, argparse.Namespace(**saved | {"world_size": args.world_size}))
         changed = {name: was for name, was in saved.items() if name != "resume" and getattr(args, name) != was}
         if changed and (args.total_timesteps <= saved["total_timesteps"] or len(changed) > 1):
             fail(f"--resume keeps the flags of its run, of which only total_timesteps may grow. Before: {changed}")
@@ -112,6 +121,10 @@ def parse_args(argv=None):
     batch = f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = {args.batch_size} steps"
     if args.batch_size % args.num_minibatches or (args.norm_adv and args.minibatch_size == 1):  # 1: std is NaN
         fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts of 2 steps or more")
+    if args.num_envs % args.world_size:
+        fail(f"--num-envs {args.num_envs} cannot be split evenly over the {args.world_size} processes of torchrun")
+    if args.capture_video and args.vectorization_mode == "vector_entry_point":
+        fail("--capture-video needs --vectorization-mode sync or async")
     if args.num_updates < 1:
         fail(f"--total-timesteps {args.total_timesteps} is less than {batch}")
     return args
@@ -123,6 +136,11 @@ def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
     """
 
     def thunk():
+        if (
+            multiprocessing.parent_process()
+        ):  # Ctrl-C reaches worker processes too, but it is the main one that ends them
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))  # not all environments know it
         if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
             raise ValueError(f"its action space is {env.action_space}, but only Discrete (from 0) is supported")
@@ -139,6 +157,26 @@ def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
         return env
 
     return thunk
+
+
+def make_envs(args, mode, num_envs, seed, video_folder=None):
+    """``num_envs`` environments as one, vectorized in Gymnasium's ``mode``; ValueError: a space is not supported."""
+    if mode == "vector_entry_point":  # often NEXT_STEP: the step after an episode's end does nothing but reset
+        envs = gym.make_vec(args.env_id, num_envs, vectorization_mode=mode)
+        if (
+            not isinstance(envs.single_action_space, gym.spaces.Discrete)
+            or len(envs.single_observation_space.shape) != 1
+        ):
+            raise ValueError("only Discrete actions and flat observations are supported in this mode")
+    else:  # SAME_STEP: an episode's end resets its environment at once; obs[step + 1] is the next episode's first one
+        thunks = [make_env(args.env_id, seed + i, copy_obs=args.bootstrap_truncation) for i in range(num_envs)]
+        if args.capture_video:
+            thunks[0] = make_env(args.env_id, seed, "rgb_array", video_folder, args.bootstrap_truncation)
+        vector_env = gym.vector.SyncVectorEnv if mode == "sync" else gym.vector.AsyncVectorEnv
+        envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    if mode == "async":
+        envs.step_wait = functools.partial(envs.step_wait, timeout=60)  # a worker silent for a minute will stay so
+    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
 
 
 def layer_init(layer, gain=2**0.5, bias=0.0):
@@ -253,17 +291,22 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
 def train(args, stop_signals=()):
     """Train an agent and return it; print episodes, log to runs/<run_name>. ``stop_signals``, once not empty, stops it
     after the update. Exit code 2: the environment or W&B cannot be used (runs/ is untouched); 1: the run broke."""
+    rank = int(os.environ.get("RANK", 0))  # which process of torchrun this is: the first one, 0, alone writes anything
+    if rank > 0:
+        args.track, args.capture_video, sys.stdout = False, False, open(os.devnull, "w")
     # What can be wrong with the environment or the account should show before anything is written to runs/.
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # its greeting does not belong on standard output
-    render_mode = "rgb_array" if args.capture_video else None
+    mode, T, N = args.vectorization_mode, args.num_steps, args.num_envs // args.world_size  # N: those of this process
+    seed = args.seed + rank * N
     try:
-        env = make_env(args.env_id, args.seed, render_mode)()
-        env.reset(seed=args.seed)
-        if args.capture_video and not isinstance(env.render(), np.ndarray):
+        probe = make_envs(args, "sync" if mode == "async" else mode, 1, seed)
+        probe.reset(seed=seed)
+        if args.capture_video and not isinstance(probe.render()[0], np.ndarray):
             raise ValueError("it does not render images")
-        env.close()
+        probe.close()
     except Exception as error:  # environments raise anything; their users need the reason, not our traceback
-        fail(f"--env-id {args.env_id}{' --capture-video' * args.capture_video}: {str(error) or repr(error)}")
+        hint = " (sync and async may work)" if mode == "vector_entry_point" else ""
+        fail(f"--env-id {args.env_id}{' --capture-video' * args.capture_video}: {str(error) or repr(error)}{hint}")
     saved = args.resume and load_checkpoint(args.resume)
     last_update, global_step, wandb_id = saved["progress"] if saved else (0, 0, None)
     if args.track:
@@ -280,7 +323,9 @@ def train(args, stop_signals=()):
             fail(f"--track: {error} (Or set WANDB_MODE=offline to do without an account.)")
     folder = Path(args.resume or "runs")
     folder.mkdir(exist_ok=True)
-    for second in range(int(time.time()), 2**63) if not saved else ():  # two runs of one second get different names
+    for second in (
+        range(int(time.time()), 2**63) if rank == 0 and not saved else ()
+    ):  # two runs of one second get different names
         folder = Path("runs", re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{second}"))
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -288,29 +333,30 @@ def train(args, stop_signals=()):
     video_folder = Path("videos", folder.name, f"from-step-{global_step}" if saved else "")
     if args.track:
         wandb.run.name = folder.name
-    facts = {"observation_space": env.observation_space, "action_space": env.action_space}
-    for name, value in (vars(args) | facts | {"max_episode_steps": env.spec.max_episode_steps}).items():
+    facts = {"observation_space": probe.single_observation_space, "action_space": probe.single_action_space}
+    for name, value in (vars(args) | facts | {"max_episode_steps": gym.spec(args.env_id).max_episode_steps}).items():
         print(f"{name}={' '.join(str(value).split())}")
-    writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)  # hides what a resumed run redoes
-    writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    if rank == 0:  # purge_step hides what a resumed run does again
+        writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)
+        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
 
     # Seeds: from here on, only the algorithm draws from these generators.
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    random.seed(args.seed + rank)
+    np.random.seed(args.seed + rank)
+    torch.manual_seed(args.seed + rank)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need to be deterministic
     torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
     torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    use_cuda = torch.cuda.is_available() and args.cuda
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    if args.world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
 
     # Detail 1: N environments are stepped together: one forward pass serves them all, and a batch holds N independent
-    # stretches of play, less alike than one long stretch. An episode's end resets its environment in the same step:
-    # obs[step + 1] is then the next episode's first one. ([A3C]; [PPO] Algorithm 1: N actors)
-    thunks = [make_env(args.env_id, args.seed + i, copy_obs=args.bootstrap_truncation) for i in range(args.num_envs)]
-    if args.capture_video:
-        thunks[0] = make_env(args.env_id, args.seed, render_mode, video_folder, args.bootstrap_truncation)
-    envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    # stretches of play, less alike than one long stretch. ([A3C]; [PPO] Algorithm 1: N actors)
+    envs = make_envs(args, mode, N, seed, video_folder)
+    next_step = envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.NEXT_STEP
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n).to(device)
     # Detail 3: eps 1e-5, not PyTorch's 1e-8, keeps steps small where gradients are tiny, mostly noise. (baselines)
     # adam is what torch.optim.Adam calls; an object of that class takes a second of imports. The agent's parameters and
@@ -323,24 +369,28 @@ def train(args, stop_signals=()):
     for p, grad in zip(agent.parameters(), grads, strict=True):
         p.grad = grad.view_as(p)
     adam_state = [exp_avg], [exp_avg_sq], [], [adam_steps]
-    T, N = args.num_steps, args.num_envs
+    if args.world_size > 1:
+        dist.broadcast(params, 0)  # all ranks start from the same parameters
     obs, dones = np.zeros((T + 1, *envs.observation_space.shape), np.float32), np.zeros((T + 1, N), np.float32)
     logprobs, rewards = np.zeros((2, T, N), np.float32)  # (num_steps, num_envs) each, as are the actions
     actions = np.zeros((T, N), np.int64)
     if saved:
         agent.load_state_dict(saved["agent"])
         exp_avg[:], exp_avg_sq[:], adam_steps[...] = saved["adam"]
-        random.setstate(saved["random"])
-        np.random.set_state(saved["numpy"])
-        torch.set_rng_state(saved["torch"])
-    if saved and len(saved["envs"]):
-        envs, obs[-1] = pickle.loads(saved["envs"].numpy().tobytes())  # this could run a stranger's code: see README
+        process = saved["processes"][rank]
+        random.setstate(process["random"])
+        np.random.set_state(process["numpy"])
+        torch.set_rng_state(process["torch"])
+    if saved and len(process["envs"]):
+        envs, obs[-1], dones[-1] = pickle.loads(process["envs"].numpy().tobytes())  # runs a stranger's code: see README
     else:
-        obs[-1], _ = envs.reset(seed=args.seed + global_step)  # sub-environment i gets seed + i
+        obs[-1], _ = envs.reset(seed=seed + global_step)
         if saved:
             print("note: these environments could not be saved, so new episodes start")
     start_step, start_time, logged_videos = global_step, time.perf_counter(), set()
-    bar = tqdm(total=args.num_updates * args.batch_size, initial=global_step, disable=None)  # None: if on a terminal
+    bar = tqdm(
+        total=args.num_updates * args.batch_size, initial=global_step, disable=rank > 0 or None
+    )  # or if no terminal
     try:
         for update in range(last_update + 1, args.num_updates + 1):
             # Detail 4: large steps while there is much to learn, ever smaller ones to settle on what was found: linear
@@ -357,16 +407,17 @@ def train(args, stop_signals=()):
                 try:
                     obs[step + 1], rewards[step], terminations, truncations, infos = envs.step(actions[step])
                 except Exception as error:
-                    fail(f"{args.env_id} broke in global_step {global_step}: {error!r}", 1)
+                    fail(f"{args.env_id}{broken_workers(envs, error)} broke in global_step {global_step}: {error!r}", 1)
                 dones[step + 1] = terminations | truncations
 
                 # By default a time limit ends an episode as a termination does: nothing follows. In truth it would have
                 # gone on: --bootstrap-truncation adds the lost gamma * V(final observation) to the reward. ([Pardo])
                 cut = np.flatnonzero(truncations & ~terminations)
                 if args.bootstrap_truncation and len(cut):
-                    final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut]), dtype=torch.float32, device=device)
+                    final_obs = obs[step + 1][cut] if next_step else np.stack(infos["final_obs"][cut])
+                    final_obs = torch.as_tensor(final_obs, dtype=torch.float32, device=device)
                     rewards[step, cut] += args.gamma * agent.get_value(final_obs).numpy(force=True)
-                if "episode" in infos:
+                if "episode" in infos and rank == 0:
                     finished = infos["_episode"]  # which ones: (num_envs,), as are the two below
                     episode_returns, lengths = infos["episode"]["r"][finished], infos["episode"]["l"][finished]
                     for r, length in zip(episode_returns, lengths, strict=True):
@@ -380,20 +431,23 @@ def train(args, stop_signals=()):
             advantages, returns = compute_advantages(rewards, values, dones, args.gamma, args.gae_lambda, args.gae)
             # The batch: time and environments become one dimension. (batch_size, obs_dim), then (batch_size,) each
             batch = (obs[:-1], actions, logprobs, advantages, returns, values[:-1])
-            batch = [torch.as_tensor(x.reshape(args.batch_size, *x.shape[2:]), device=device) for x in batch]
+            batch = [torch.as_tensor(x.reshape(T * N, *x.shape[2:]), device=device) for x in batch]
             # Update
-            b_inds, clipfracs = np.arange(args.batch_size), []
+            b_inds, clipfracs = np.arange(T * N), []
+            if next_step:  # what was done after an episode's end had no effect: there is nothing to learn from it
+                b_inds = np.flatnonzero(dones[:-1] == 0)
             for _ in range(args.update_epochs):
                 # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
                 # than one on the whole batch, and each sample is used once per epoch. ([PPO] Algorithm 1; baselines)
                 np.random.shuffle(b_inds)
-                minibatches = zip(*(x[b_inds].split(args.minibatch_size) for x in batch), strict=True)
+                minibatches = zip(*(x[b_inds].tensor_split(args.num_minibatches) for x in batch), strict=True)
                 for mb_obs, mb_actions, *mb_rest in minibatches:  # mb_rest: in the order of ppo_loss
                     _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb_obs, mb_actions)
                     loss, stats = ppo_loss(newlogprob, entropy, newvalue, *mb_rest, args)
                     clipfracs.append(stats["clipfrac"].item())
                     params.grad.zero_()
                     loss.backward()
+                    mean_over_ranks(params.grad)
                     # Detail 11: if the gradient of all parameters, actor's and critic's together, is longer than this,
                     # it is shortened to it: one odd minibatch cannot wreck the policy. (baselines; arXiv:1211.5063)
                     grad_norm = nn.utils.get_total_norm(grads)
@@ -401,18 +455,22 @@ def train(args, stop_signals=()):
                     adam([params], [params.grad], *adam_state, lr=learning_rate, **adam_options)
                 # Bonus: clipping does not bound how far many steps lead. If the last minibatch's KL is over target_kl,
                 # these data are too old for another epoch. (OpenAI Spinning Up, at every step; [Huang] as here)
-                if args.target_kl is not None and stats["approx_kl"] > args.target_kl:
+                if args.target_kl is not None and mean_over_ranks(stats["approx_kl"]) > args.target_kl:
                     break
             if not all(x.isfinite().all() for x in (loss, grad_norm, params)):
                 fail(f"update {update} (step {global_step}) diverged: lower --learning-rate, or look at the rewards", 1)
+            if dist.is_initialized() and len({*gather_from_ranks(params.cpu().numpy().tobytes())}) > 1:
+                fail(f"update {update}: the processes' parameters have parted", 1)  # bit for bit; it cannot happen
             # Logging: stats are those of the last minibatch, except for clipfrac, the mean of all. Explained variance
             # is 1 for a critic right up to a constant, 0 for one no better than a constant, below 0 for a worse one.
             stats["clipfrac"] = np.mean(clipfracs)
-            stats["explained_variance"] = 1 - (returns - values[:-1]).var() / (returns.var() + 1e-8)
+            b_returns, b_values = returns.flat[b_inds], values.flat[b_inds]
+            stats["explained_variance"] = 1 - (b_returns - b_values).var() / (b_returns.var() + 1e-8)
             sps = int((global_step - start_step) / (time.perf_counter() - start_time))
             charts = {"charts/SPS": sps, "charts/learning_rate": learning_rate}
             for name, value in (charts | {f"losses/{name}": value for name, value in stats.items()}).items():
-                writer.add_scalar(name, value, global_step)
+                if rank == 0:
+                    writer.add_scalar(name, value, global_step)
             bar.set_postfix(SPS=sps, mean_return=np.mean(envs.return_queue or [math.nan]), refresh=False)
             bar.update(args.batch_size)
             sys.stdout.flush()  # a record in a file or a pipe is complete up to this update
@@ -420,38 +478,77 @@ def train(args, stop_signals=()):
                 for path in sorted(set(video_folder.glob("*.mp4")) - logged_videos):
                     wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": global_step})
                     logged_videos.add(path)
-            last = update == args.num_updates or stop_signals
+            last = update == args.num_updates or mean_over_ranks(torch.tensor(float(bool(stop_signals)))) > 0
             if args.checkpoint_interval and (last or update % args.checkpoint_interval == 0):
-                writer.flush()  # what is in TensorBoard is never behind the checkpoint
-                state = {"agent": agent.state_dict(), "adam": (exp_avg, exp_avg_sq, adam_steps)}
-                state |= {"args": vars(args), "progress": (update, global_step, wandb_id)}
-                save_checkpoint(folder, state, (envs, obs[-1]))
+                processes = gather_from_ranks(freeze(envs, obs[-1], dones[-1]))
+                if rank == 0:
+                    writer.flush()  # what is in TensorBoard is never behind the checkpoint
+                    state = {"agent": agent.state_dict(), "adam": (exp_avg, exp_avg_sq, adam_steps)}
+                    state |= {"args": vars(args), "progress": (update, global_step, wandb_id), "processes": processes}
+                    save_checkpoint(folder, state)
             if last:
                 break
     finally:
-        for resource in (envs, writer, bar):  # closing the environments finishes a video
-            resource.close()
+        failed = sys.exc_info()[0] is not None
+        envs.close(**({"terminate": True} if failed and mode == "async" else {}))  # finishes a video, too
+        bar.close()
+        if rank == 0:
+            writer.close()
         if args.track:
-            wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+            wandb.finish(exit_code=int(failed))
     if stop_signals and args.checkpoint_interval:
         print(f"stopped at step {global_step} of {args.total_timesteps}; to go on: python ppo.py --resume {folder}")
     print(f"results: {folder}" + f" and {video_folder}" * args.capture_video)
     return agent
 
 
-def save_checkpoint(folder, checkpoint, envs):
-    """Write the dict, generators and environments to folder/checkpoint.pt, whole or not at all. Exit code 1: cannot."""
+def broken_workers(envs, error):
+    """Which worker processes died, raised or did not answer in time: " sub-environment [2]"; "" if there are none."""
+    processes, pipes = (getattr(envs.unwrapped, name, ()) for name in ("processes", "parent_pipes"))
+    late = isinstance(error, multiprocessing.TimeoutError)
+    broken = [
+        i
+        for i, (process, pipe) in enumerate(zip(processes, pipes, strict=True))
+        if pipe is None or not process.is_alive() or (late and not pipe.poll())
+    ]
+    return f" sub-environment {broken}" if broken else ""
+
+
+def mean_over_ranks(x):
+    """Average the tensor in place over the processes of torchrun, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def gather_from_ranks(x):
+    """List the x of each process of torchrun."""
+    xs = [x]
+    if dist.is_initialized():
+        xs = [None] * dist.get_world_size()
+        dist.all_gather_object(xs, x)
+    return xs
+
+
+def freeze(*environments):
+    """What this process needs to go on to the bit: its random number generators, and the environments, pickled."""
     try:
-        frozen = cloudpickle.dumps(envs)  # pickle alone refuses the functions in some wrappers
+        frozen = cloudpickle.dumps(environments)  # pickle alone refuses the functions in some wrappers
     except Exception:  # simulators written in C, windows and other processes cannot be pickled
         frozen = b""
-    # Gymnasium's EzPickle only seems to work: it saves how an environment was made, not where it stands.
-    frozen = np.frombuffer(b"" if b"_ezpickle_args" in frozen else frozen, np.uint8)
+    if b"_ezpickle_args" in frozen:  # Gymnasium's EzPickle saves how an environment was made, not where it stands
+        frozen = b""
     name, keys, *rest = np.random.get_state()
-    checkpoint |= {"random": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    generators = {"random": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    return generators | {"envs": torch.tensor(np.frombuffer(frozen, np.uint8))}
+
+
+def save_checkpoint(folder, checkpoint):
+    """Write it to folder/checkpoint.pt, whole or not at all. Exit code 1: it cannot be written."""
     try:
         with open(folder / "checkpoint.tmp", "wb") as file:
-            torch.save(checkpoint | {"envs": torch.tensor(frozen)}, file)
+            torch.save(checkpoint, file)
             file.flush()
             os.fsync(file)  # down to the disk, before it takes the place of the last one
         os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
@@ -463,7 +560,7 @@ def load_checkpoint(folder):
     """Read what save_checkpoint wrote, without running code that a stranger may have put there. Exit code 2: cannot."""
     try:
         checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in "args agent adam progress envs random numpy torch".split()}
+        return {key: checkpoint[key] for key in "args agent adam progress processes".split()}
     except OSError as error:
         fail(error)
     except Exception as error:  # a file can be wrong in many ways

@@ -17,10 +17,8 @@ def trace(run, monkeypatch):
     """trace(flags) trains and returns what went through the algorithm in each rollout and minibatch."""
 
     def trace(flags):
-        seen = {
-            key: []
-            for key in "rollouts advantages explained minibatches lr step grad_norm ratio loss before params grads".split()
-        }
+        keys = "rollouts advantages explained minibatches lr step grad_norm ratio loss before params grads"
+        seen = {key: [] for key in keys.split()}
         compute_advantages, ppo_loss, adam = ppo.compute_advantages, ppo.ppo_loss, ppo.adam
 
         class SpiedAgent(ppo.Agent):
@@ -189,7 +187,8 @@ def test_defaults_are_those_of_the_design_and_sizes_are_derived():
     args = vars(ppo.parse_args([]))
     expected = dict(
         exp_name="ppo", env_id="CartPole-v1", learning_rate=2.5e-4, seed=1, total_timesteps=25000, cuda=True,
-        torch_deterministic=True, num_threads=1, resume=None, checkpoint_interval=10, track=False, wandb_project_name="cleanrl", wandb_entity=None,
+        torch_deterministic=True, num_threads=1, resume=None, checkpoint_interval=10,
+        track=False, wandb_project_name="cleanrl", wandb_entity=None,
         capture_video=False, num_envs=4, num_steps=128, anneal_lr=True, gae=True, gamma=0.99, gae_lambda=0.95,
         num_minibatches=4, update_epochs=4, norm_adv=True, clip_coef=0.2, clip_vloss=True, ent_coef=0.01, vf_coef=0.5,
         max_grad_norm=0.5, target_kl=None, bootstrap_truncation=False, batch_size=512, minibatch_size=128,
