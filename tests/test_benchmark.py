@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -146,3 +147,14 @@ def test_returns_are_saved_to_two_decimals_and_come_back(tmp_path):
     learning.save_run(*other, 1, [(9, 0.25)])
     learning.save_run(*other, 2, [(7, -1234.57), (1_000_001, 2.0)])
     assert learning.path_of(*job).read_bytes() == learning.path_of(*other).read_bytes()
+
+
+def test_what_is_saved_is_complete_and_makes_the_saved_tables(tmp_path):
+    for study, (_, env_ids, variants) in learning.STUDIES.items():
+        for env_id in env_ids:
+            for variant in variants:
+                assert list(learning.read_runs(learning.RESULTS, study, env_id, variant)) == list(range(1, 11))
+    shutil.copytree(learning.RESULTS, tmp_path / "results")
+    learning.write_tables(tmp_path / "results")
+    for name in ("learning.md", "ablations.md"):
+        assert (tmp_path / "results" / name).read_text() == (learning.RESULTS / name).read_text()
