@@ -32,6 +32,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import cloudpickle
 import gymnasium as gym
@@ -43,8 +44,6 @@ import torch.nn.functional as F
 from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-MODES = ("sync", "async", "vector_entry_point")  # as in Gymnasium
 
 
 def fail(message, exit_code=2):
@@ -80,9 +79,8 @@ def parse_args(argv=None):
     run.add_argument("--wandb-entity", default=None, help="W&B user or team; None is your own")
     add_bool(run, "capture-video", default=False, help="record videos of the first environment to videos/<run_name>")
     data.add_argument("--num-envs", type=int, default=4, help="N, environments that are stepped together")
-    data.add_argument(
-        "--vectorization-mode", default="sync", choices=MODES, help="one by one, in processes, as a batch"
-    )
+    modes = ("sync", "async", "vector_entry_point")  # Gymnasium's names
+    data.add_argument("--vectorization-mode", default="sync", choices=modes, help="in turn, in processes, as one batch")
     data.add_argument("--num-steps", type=int, default=128, help="T, steps per environment and rollout")
     add_bool(data, "gae", default=True, help="generalized advantage estimation; off: discounted returns minus values")
     data.add_argument("--gamma", type=float, default=0.99, help="discount per step, 0 to 1")
@@ -136,18 +134,12 @@ def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
     """
 
     def thunk():
-        if (
-            multiprocessing.parent_process()
-        ):  # Ctrl-C reaches worker processes too, but it is the main one that ends them
+        if multiprocessing.parent_process():  # Ctrl-C reaches workers too, but the main process must end them
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))  # not all environments know it
-        if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
-            raise ValueError(f"its action space is {env.action_space}, but only Discrete (from 0) is supported")
         if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # Discrete becomes one-hot, Dict and Tuple one long vector
-        if not isinstance(env.observation_space, gym.spaces.Box):
-            raise ValueError(f"its observation space {env.observation_space} has no fixed size")
         if copy_obs:  # some environments write each one into the same array, but final_obs must outlive reset
             env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
         if video_folder is not None:
@@ -160,22 +152,22 @@ def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
 
 
 def make_envs(args, mode, num_envs, seed, video_folder=None):
-    """``num_envs`` environments as one, vectorized in Gymnasium's ``mode``; ValueError: a space is not supported."""
-    if mode == "vector_entry_point":  # often NEXT_STEP: the step after an episode's end does nothing but reset
+    """``num_envs`` environments as one; sub-environment i has ``seed`` + i. ValueError: a space is not supported."""
+    first = {"render_mode": "rgb_array", "video_folder": video_folder} if args.capture_video else {}
+    copy_obs, same_step = args.bootstrap_truncation, gym.vector.AutoresetMode.SAME_STEP
+    thunks = [make_env(args.env_id, seed + i, copy_obs=copy_obs, **{} if i else first) for i in range(num_envs)]
+    if mode == "sync":  # SAME_STEP: the step that ends an episode also resets; obs[step + 1] is of the next episode
+        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=same_step)
+    elif mode == "async":
+        envs = gym.vector.AsyncVectorEnv(thunks, autoreset_mode=same_step)
+        envs.step_wait = functools.partial(envs.step_wait, timeout=60)  # seconds; slower than that: it hangs
+    else:
         envs = gym.make_vec(args.env_id, num_envs, vectorization_mode=mode)
-        if (
-            not isinstance(envs.single_action_space, gym.spaces.Discrete)
-            or len(envs.single_observation_space.shape) != 1
-        ):
-            raise ValueError("only Discrete actions and flat observations are supported in this mode")
-    else:  # SAME_STEP: an episode's end resets its environment at once; obs[step + 1] is the next episode's first one
-        thunks = [make_env(args.env_id, seed + i, copy_obs=args.bootstrap_truncation) for i in range(num_envs)]
-        if args.capture_video:
-            thunks[0] = make_env(args.env_id, seed, "rgb_array", video_folder, args.bootstrap_truncation)
-        vector_env = gym.vector.SyncVectorEnv if mode == "sync" else gym.vector.AsyncVectorEnv
-        envs = vector_env(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    if mode == "async":
-        envs.step_wait = functools.partial(envs.step_wait, timeout=60)  # a worker silent for a minute will stay so
+    action_space, obs_space = envs.single_action_space, envs.single_observation_space
+    if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
+        raise ValueError(f"its action space is {action_space}, but only Discrete (from 0) is supported")
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        raise ValueError(f"its observation space {obs_space} has no fixed size, or is not flat in vector_entry_point")
     return gym.wrappers.vector.RecordEpisodeStatistics(envs)
 
 
@@ -305,7 +297,7 @@ def train(args, stop_signals=()):
             raise ValueError("it does not render images")
         probe.close()
     except Exception as error:  # environments raise anything; their users need the reason, not our traceback
-        hint = " (sync and async may work)" if mode == "vector_entry_point" else ""
+        hint = " Do --vectorization-mode sync and async work?" * (mode == "vector_entry_point")
         fail(f"--env-id {args.env_id}{' --capture-video' * args.capture_video}: {str(error) or repr(error)}{hint}")
     saved = args.resume and load_checkpoint(args.resume)
     last_update, global_step, wandb_id = saved["progress"] if saved else (0, 0, None)
@@ -323,9 +315,7 @@ def train(args, stop_signals=()):
             fail(f"--track: {error} (Or set WANDB_MODE=offline to do without an account.)")
     folder = Path(args.resume or "runs")
     folder.mkdir(exist_ok=True)
-    for second in (
-        range(int(time.time()), 2**63) if rank == 0 and not saved else ()
-    ):  # two runs of one second get different names
+    for second in range(int(time.time()), 0 if saved or rank > 0 else 2**63):  # no two runs have the same name
         folder = Path("runs", re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{second}"))
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -336,10 +326,10 @@ def train(args, stop_signals=()):
     facts = {"observation_space": probe.single_observation_space, "action_space": probe.single_action_space}
     for name, value in (vars(args) | facts | {"max_episode_steps": gym.spec(args.env_id).max_episode_steps}).items():
         print(f"{name}={' '.join(str(value).split())}")
-    if rank == 0:  # purge_step hides what a resumed run does again
-        writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
+    writer = Mock()  # takes every call and does nothing
+    if rank == 0:
+        writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)  # hides what a resumed run redoes
+    writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
 
     # Seeds: from here on, only the algorithm draws from these generators.
     random.seed(args.seed + rank)
@@ -369,8 +359,8 @@ def train(args, stop_signals=()):
     for p, grad in zip(agent.parameters(), grads, strict=True):
         p.grad = grad.view_as(p)
     adam_state = [exp_avg], [exp_avg_sq], [], [adam_steps]
-    if args.world_size > 1:
-        dist.broadcast(params, 0)  # all ranks start from the same parameters
+    if dist.is_initialized():
+        dist.broadcast(params, 0)  # all processes start from the same parameters
     obs, dones = np.zeros((T + 1, *envs.observation_space.shape), np.float32), np.zeros((T + 1, N), np.float32)
     logprobs, rewards = np.zeros((2, T, N), np.float32)  # (num_steps, num_envs) each, as are the actions
     actions = np.zeros((T, N), np.int64)
@@ -388,9 +378,7 @@ def train(args, stop_signals=()):
         if saved:
             print("note: these environments could not be saved, so new episodes start")
     start_step, start_time, logged_videos = global_step, time.perf_counter(), set()
-    bar = tqdm(
-        total=args.num_updates * args.batch_size, initial=global_step, disable=rank > 0 or None
-    )  # or if no terminal
+    bar = tqdm(total=args.num_updates * args.batch_size, initial=global_step, disable=rank > 0 or None)
     try:
         for update in range(last_update + 1, args.num_updates + 1):
             # Detail 4: large steps while there is much to learn, ever smaller ones to settle on what was found: linear
@@ -417,7 +405,7 @@ def train(args, stop_signals=()):
                     final_obs = obs[step + 1][cut] if next_step else np.stack(infos["final_obs"][cut])
                     final_obs = torch.as_tensor(final_obs, dtype=torch.float32, device=device)
                     rewards[step, cut] += args.gamma * agent.get_value(final_obs).numpy(force=True)
-                if "episode" in infos and rank == 0:
+                if "episode" in infos:
                     finished = infos["_episode"]  # which ones: (num_envs,), as are the two below
                     episode_returns, lengths = infos["episode"]["r"][finished], infos["episode"]["l"][finished]
                     for r, length in zip(episode_returns, lengths, strict=True):
@@ -459,8 +447,8 @@ def train(args, stop_signals=()):
                     break
             if not all(x.isfinite().all() for x in (loss, grad_norm, params)):
                 fail(f"update {update} (step {global_step}) diverged: lower --learning-rate, or look at the rewards", 1)
-            if dist.is_initialized() and len({*gather_from_ranks(params.cpu().numpy().tobytes())}) > 1:
-                fail(f"update {update}: the processes' parameters have parted", 1)  # bit for bit; it cannot happen
+            if dist.is_initialized() and len(set(gather_from_ranks(params.cpu().numpy().tobytes()))) > 1:
+                fail(f"update {update}: the parameters of the processes have parted", 1)
             # Logging: stats are those of the last minibatch, except for clipfrac, the mean of all. Explained variance
             # is 1 for a critic right up to a constant, 0 for one no better than a constant, below 0 for a worse one.
             stats["clipfrac"] = np.mean(clipfracs)
@@ -469,8 +457,7 @@ def train(args, stop_signals=()):
             sps = int((global_step - start_step) / (time.perf_counter() - start_time))
             charts = {"charts/SPS": sps, "charts/learning_rate": learning_rate}
             for name, value in (charts | {f"losses/{name}": value for name, value in stats.items()}).items():
-                if rank == 0:
-                    writer.add_scalar(name, value, global_step)
+                writer.add_scalar(name, value, global_step)
             bar.set_postfix(SPS=sps, mean_return=np.mean(envs.return_queue or [math.nan]), refresh=False)
             bar.update(args.batch_size)
             sys.stdout.flush()  # a record in a file or a pipe is complete up to this update
@@ -480,20 +467,19 @@ def train(args, stop_signals=()):
                     logged_videos.add(path)
             last = update == args.num_updates or mean_over_ranks(torch.tensor(float(bool(stop_signals)))) > 0
             if args.checkpoint_interval and (last or update % args.checkpoint_interval == 0):
-                processes = gather_from_ranks(freeze(envs, obs[-1], dones[-1]))
+                writer.flush()  # what is in TensorBoard is never behind the checkpoint
+                state = {"agent": agent.state_dict(), "adam": (exp_avg, exp_avg_sq, adam_steps), "args": vars(args)}
+                state |= {"progress": (update, global_step, wandb_id)}
+                state |= {"processes": gather_from_ranks(freeze(envs, obs[-1], dones[-1]))}
                 if rank == 0:
-                    writer.flush()  # what is in TensorBoard is never behind the checkpoint
-                    state = {"agent": agent.state_dict(), "adam": (exp_avg, exp_avg_sq, adam_steps)}
-                    state |= {"args": vars(args), "progress": (update, global_step, wandb_id), "processes": processes}
                     save_checkpoint(folder, state)
             if last:
                 break
     finally:
         failed = sys.exc_info()[0] is not None
-        envs.close(**({"terminate": True} if failed and mode == "async" else {}))  # finishes a video, too
+        envs.close(**{"terminate": True} if failed and mode == "async" else {})  # finishes a video, too
         bar.close()
-        if rank == 0:
-            writer.close()
+        writer.close()
         if args.track:
             wandb.finish(exit_code=int(failed))
     if stop_signals and args.checkpoint_interval:
@@ -503,30 +489,25 @@ def train(args, stop_signals=()):
 
 
 def broken_workers(envs, error):
-    """Which worker processes died, raised or did not answer in time: " sub-environment [2]"; "" if there are none."""
-    processes, pipes = (getattr(envs.unwrapped, name, ()) for name in ("processes", "parent_pipes"))
+    """Which workers of an AsyncVectorEnv raised, died or, if the time is out, have not answered, as text."""
+    workers = zip(getattr(envs.unwrapped, "processes", ()), getattr(envs.unwrapped, "parent_pipes", ()), strict=True)
     late = isinstance(error, multiprocessing.TimeoutError)
-    broken = [
-        i
-        for i, (process, pipe) in enumerate(zip(processes, pipes, strict=True))
-        if pipe is None or not process.is_alive() or (late and not pipe.poll())
-    ]
-    return f" sub-environment {broken}" if broken else ""
+    broken = [i for i, (p, pipe) in enumerate(workers) if not pipe or not p.is_alive() or late and not pipe.poll()]
+    return f", sub-environment {broken}," * bool(broken)
 
 
 def mean_over_ranks(x):
-    """Average the tensor in place over the processes of torchrun, and return it."""
+    """Average the tensor, in place, over the processes of torchrun."""
     if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
+        dist.all_reduce(x.div_(dist.get_world_size()))
     return x
 
 
 def gather_from_ranks(x):
-    """List the x of each process of torchrun."""
+    """The x of each process of torchrun."""
     xs = [x]
     if dist.is_initialized():
-        xs = [None] * dist.get_world_size()
+        xs *= dist.get_world_size()
         dist.all_gather_object(xs, x)
     return xs
 
@@ -537,11 +518,11 @@ def freeze(*environments):
         frozen = cloudpickle.dumps(environments)  # pickle alone refuses the functions in some wrappers
     except Exception:  # simulators written in C, windows and other processes cannot be pickled
         frozen = b""
-    if b"_ezpickle_args" in frozen:  # Gymnasium's EzPickle saves how an environment was made, not where it stands
-        frozen = b""
+    # Gymnasium's EzPickle only seems to work: it saves how an environment was made, not where it stands.
+    frozen = torch.tensor(np.frombuffer(b"" if b"_ezpickle_args" in frozen else frozen, np.uint8))
     name, keys, *rest = np.random.get_state()
     generators = {"random": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
-    return generators | {"envs": torch.tensor(np.frombuffer(frozen, np.uint8))}
+    return generators | {"envs": frozen}
 
 
 def save_checkpoint(folder, checkpoint):
