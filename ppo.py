@@ -117,7 +117,9 @@ def parse_args(argv=None):
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_updates = args.total_timesteps // args.batch_size
     batch = f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = {args.batch_size} steps"
-    if args.batch_size % args.num_minibatches or (args.norm_adv and args.minibatch_size == 1):  # 1: std is NaN
+    if args.batch_size % args.num_minibatches or (
+        args.norm_adv and args.minibatch_size < 2 * args.world_size
+    ):  # std of 1: NaN
         fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts of 2 steps or more")
     if args.num_envs % args.world_size:
         fail(f"--num-envs {args.num_envs} cannot be split evenly over the {args.world_size} processes of torchrun")
