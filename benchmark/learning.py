@@ -70,6 +70,12 @@ STUDIES = {  # name: (steps, environments, variants)
     "learning": (500_000, ("CartPole-v1", "Acrobot-v1", "LunarLander-v3"), ("default", "bootstrap_truncation")),
     "ablations": (100_000, ("CartPole-v1", "Acrobot-v1"), tuple(VARIANTS)),
 }
+LUNAR_LANDER = (
+    "--num-envs 16 --num-steps 1024 --num-minibatches 256 --learning-rate 0.001 --gamma 0.999 --gae-lambda 0.98 "
+    "--no-clip-vloss --bootstrap-truncation"
+)
+VARIANTS["lunar_lander"] = ("LunarLander's settings", LUNAR_LANDER, {})
+STUDIES["example"] = (1_000_000, ("LunarLander-v3",), ("lunar_lander",))
 PUBLISHED = {  # mean and deviation at 500,000 steps, as published
     "CartPole-v1": {"CleanRL's ppo.py": "490.04 ± 6.12", "openai/baselines' ppo2": "497.54 ± 4.02"},
     "Acrobot-v1": {"CleanRL's ppo.py": "-86.36 ± 1.32", "openai/baselines' ppo2": "-81.82 ± 5.58"},
@@ -197,10 +203,10 @@ def table(header, rows):
 
 
 def learning_tables(results):
-    summary, columns, (_, env_ids, variants) = [], {}, STUDIES["learning"]
-    for env_id in env_ids:
-        for variant in variants:
-            values = measure(results, "learning", env_id, variant, last_100)
+    summary, columns = [], {}
+    for study, env_id in [("learning", env_id) for env_id in STUDIES["learning"][1]] + [("example", "LunarLander-v3")]:
+        for variant in STUDIES[study][2]:
+            values = measure(results, study, env_id, variant, last_100)
             columns[f"{env_id} {VARIANTS[variant][1]}".strip()] = values
             if x := list(values.values()):
                 low, high = interval(x)
@@ -242,7 +248,7 @@ def write_tables(results):
 
 {facts}
 
-500,000 steps, default flags but for those named. Of each run, the mean return of its last 100 episodes; of all runs,
+500,000 steps (the last row: 1,000,000), default flags but for those named. Of each run, the mean return of its last 100 episodes; of all runs,
 the mean and sample deviation over seeds, and the 95 % percentile bootstrap interval of the mean. The figures of the
 other programs are published ones, also at 500,000 steps, on older versions
 of the environments and libraries.
