@@ -152,6 +152,13 @@ def start(flags="", code=None, **kwargs):
     return subprocess.Popen([sys.executable, *command, *flags.split()], text=True, env=env, **pipes, **kwargs)
 
 
+def finish(process):
+    """The rest of a started process's standard output, and its standard error."""
+    out, err = process.stdout.read(), process.stderr.read()  # communicate() forgets what readline() has buffered
+    process.wait(timeout=60)
+    return out, err
+
+
 def spawn(flags="", script="ppo.py", **kwargs):
     """Run the script in a fresh process, as a user would."""
     command = [sys.executable, str(ROOT / script), *flags.split()]

@@ -9,7 +9,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from conftest import parse_episodes, progress, read_events, same_parameters, scalars, spawn, start
+from conftest import finish, parse_episodes, progress, read_events, same_parameters, scalars, spawn, start
 from gymnasium.envs.classic_control import CartPoleEnv
 
 import evaluate
@@ -207,7 +207,7 @@ def test_killed_while_it_saves_the_checkpoint_before_is_whole(patch, run):
         + "\n save_checkpoint(*args)\nppo.save_checkpoint = saving"
     )  # fmt: skip
     process = start(FLAGS, DRIVER.format(on_second_save))
-    process.communicate(timeout=300)
+    finish(process)
     assert process.returncode == -9
     (folder,) = set(Path("runs").iterdir()) - {whole.folder}
     assert (folder / "checkpoint.tmp").exists() and progress(folder) == (2, 1024)
@@ -234,7 +234,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(env_id, seed, run
             saves -= line == "saving\n"
         time.sleep(rng.choice([0, 0.003 * rng.random(), 0.06 * rng.random()]))  # in saving, or in what follows
         process.kill()
-        out, err = process.communicate()
+        out, err = finish(process)
         assert process.returncode == -9, err
         kills += 1
         (folder,) = set(Path("runs").iterdir()) - {whole.folder}
@@ -265,7 +265,7 @@ def test_files_that_may_not_grow_are_one_line_and_leave_the_checkpoint_of_before
     assert len(before) > 100_000
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes * 1000},) * 2)"
     process = start(f"--resume {folder}", DRIVER.format(limit))
-    _, err = process.communicate(timeout=300)
+    _, err = finish(process)
     assert process.returncode == 1 and len(err.splitlines()) == 1 and "too large" in err, err
     assert (folder / "checkpoint.pt").read_bytes() == before
 
@@ -390,6 +390,7 @@ def test_a_diverged_run_keeps_the_last_finite_checkpoint(fails):
 # Weights & Biases
 
 
+@pytest.mark.slow
 def test_without_a_connection_wandb_goes_on_offline_and_says_so(workdir):
     patch = (
         "import wandb\ninit = wandb.init\n"
@@ -399,7 +400,7 @@ def test_without_a_connection_wandb_goes_on_offline_and_says_so(workdir):
         "wandb.init = unreachable"
     )
     process = start("--track --total-timesteps 512", DRIVER.format(patch))
-    out, err = process.communicate(timeout=300)
+    out, err = finish(process)
     assert process.returncode == 0 and "Traceback" not in err, err
     (note,) = [line for line in out.splitlines() if line.startswith("note: ")]
     assert "W&B" in note and "no route to host" in note
@@ -407,6 +408,7 @@ def test_without_a_connection_wandb_goes_on_offline_and_says_so(workdir):
     assert next(run_folder.glob("*.wandb")).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_wandb_run(workdir):
     assert spawn("--track --total-timesteps 512").returncode == 0
     (folder,) = Path("runs").iterdir()

@@ -4,7 +4,7 @@ import contextlib
 import io
 
 import pytest
-from conftest import start
+from conftest import finish, start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -134,5 +134,5 @@ def test_an_empty_name_of_a_run_is_not_taken_for_a_new_run(workdir):
 
 def test_bytes_that_are_not_text_are_one_line_or_a_run(workdir):
     process = start(b"--total-timesteps 512 --exp-name \xff".decode(errors="surrogateescape"), errors="replace")
-    _, err = process.communicate(timeout=300)
+    _, err = finish(process)
     assert process.returncode in (0, 2) and "Traceback" not in err

@@ -7,8 +7,19 @@ import subprocess
 import time
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
-from conftest import frames, parse_episodes, progress, read_events, same_parameters, scalars, start, wandb_records
+from conftest import (
+    finish,
+    frames,
+    parse_episodes,
+    progress,
+    read_events,
+    same_parameters,
+    scalars,
+    start,
+    wandb_records,
+)
 
 import ppo
 
@@ -22,7 +33,7 @@ def stopped(flags, number, lines, delay=0.0, group=False):
     head = "".join(process.stdout.readline() for _ in range(lines))
     time.sleep(delay)
     (os.killpg if group else os.kill)(process.pid, number)
-    out, err = process.communicate(timeout=300)
+    out, err = finish(process)
     return process.returncode, head + out, err
 
 
@@ -123,6 +134,22 @@ def test_a_second_signal_ends_at_once_even_a_run_that_is_stuck(number, workdir):
     assert process.returncode == -number
 
 
+def test_ctrl_c_while_a_video_is_written_is_no_fault_of_the_environment(workdir, monkeypatch):
+    """A terminal sends SIGINT to the whole process group: to ppo.py and to the ffmpeg that it has started."""
+    ffmpeg = Path("ffmpeg")  # one that presses Ctrl-C when the first video is written
+    ffmpeg.write_text(
+        '#!/bin/sh\ncase "$*" in *rawvideo*) [ -e pressed ] || { touch pressed; kill -s INT -- -$PPID; };; esac\n'
+        f'exec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"\n'
+    )
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg.resolve()))
+    process = start("--capture-video --num-steps 16 --total-timesteps 6400", start_new_session=True)
+    out, err = finish(process)
+    assert Path("pressed").exists()
+    folder = check_stopped(process.returncode, out, err, signal.SIGINT)
+    assert "broke" not in err and all(len(frames(p)) > 1 for p in Path("videos", folder.name).glob("*.mp4"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_stopped_at_random_moments_again_and_again_a_run_ends_as_if_undisturbed(number, run):
@@ -152,10 +179,10 @@ def test_stopped_with_videos_and_wandb_all_that_was_recorded_can_be_read(number,
     assert videos and all(len(frames(path)) > 1 for path in videos)
     (run_folder,) = Path("wandb").glob("offline-run-*")
     kinds = [record.WhichOneof("record_type") for record in wandb_records(run_folder)]
-    assert "history" in kinds and kinds[-1] == "final"
+    assert "history" in kinds and kinds[-1] == "exit"
     step = progress(folder)[1]
     process = start(f"--resume {folder} --total-timesteps {step + 640}")
-    out, err = process.communicate(timeout=300)
+    out, err = finish(process)
     assert process.returncode == 0 and "note: " in out, err
     assert read_events(folder).Scalars("losses/entropy")[-1].step == step + 640
 
