@@ -1,13 +1,19 @@
 """Shared tools: run ppo.py in a folder of its own, in this process or as a user would, and read what it printed."""
 
+import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio_ffmpeg
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo
 
@@ -18,6 +24,54 @@ def parse_episodes(stdout):
     """[(global_step, return, length), ...] of the printed episodes, in order."""
     pattern = r"^global_step=(\d+), episodic_return=(\S+), episodic_length=(\d+)$"
     return [(int(step), float(r), int(n)) for step, r, n in re.findall(pattern, stdout, re.MULTILINE)]
+
+
+def read_events(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def scalars(folder):
+    """{tag: [(step, value), ...]} of all that TensorBoard shows, but for the speed."""
+    events = read_events(folder)
+    tags = set(events.Tags()["scalars"]) - {"charts/SPS"}
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+def progress(folder):
+    """(update, global_step) of the folder's checkpoint."""
+    return tuple(ppo.load_checkpoint(folder)["progress"][:2])
+
+
+def same_parameters(folder, agent):
+    saved = ppo.load_checkpoint(folder)["agent"]
+    return all(saved[name].equal(value) for name, value in agent.state_dict().items())
+
+
+def frames(path):
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    return [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
+
+
+def wandb_records(folder):
+    """The records of an offline run's .wandb file: a LevelDB log of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data = next(folder.glob("*.wandb")).read_bytes()
+    position, part = 7, b""  # behind the file's own header
+    while position + 7 <= len(data):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        part += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(part)
+            part = b""
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +92,12 @@ def run(capsys, workdir):
 
     def run(flags=""):
         before = set(Path("runs").glob("*"))
-        agent = ppo.train(ppo.parse_args(flags.split()))
+        args = ppo.parse_args(flags.split())
+        if args.resume:  # TensorBoard reads event files in the order of their names: second, process, number
+            time.sleep(1 - time.time() % 1)
+        agent = ppo.train(args)
         out = capsys.readouterr().out
-        (folder,) = set(Path("runs").glob("*")) - before
+        (folder,) = {Path(args.resume)} if args.resume else set(Path("runs").glob("*")) - before
         return SimpleNamespace(agent=agent, out=out, episodes=parse_episodes(out), folder=folder)
 
     return run
@@ -54,7 +111,7 @@ def fails(capsys, workdir):
         with pytest.raises(SystemExit) as exit_info:
             ppo.main(flags.split())
         lines = capsys.readouterr().err.splitlines()
-        lines = [line for line in lines if "Warning" not in line and "logger." not in line]
+        lines = [line for line in lines if "Warning" not in line and "logger." not in line and "XDG_" not in line]
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         if not files_allowed:
             assert not any(workdir.iterdir()), "bad input left files behind"
@@ -63,7 +120,51 @@ def fails(capsys, workdir):
     return fails
 
 
+@pytest.fixture
+def crash(run, monkeypatch, capsys):
+    """crash("--seed 2", update=3) breaks a run off in the middle of that update; returns its folder."""
+
+    def crash(flags, update):
+        calls, compute = iter(range(1, update)), ppo.compute_advantages
+
+        def broken(*args):
+            if next(calls, None) is None:
+                raise KeyError("a bug")
+            return compute(*args)
+
+        before = set(Path("runs").glob("*"))
+        with monkeypatch.context() as patch, pytest.raises(KeyError):
+            patch.setattr(ppo, "compute_advantages", broken)
+            run(flags)
+        capsys.readouterr()
+        resumed = re.search(r"--resume (\S+)", flags)
+        (folder,) = {Path(resumed[1])} if resumed else set(Path("runs").glob("*")) - before
+        return folder
+
+    return crash
+
+
+def start(flags="", code=None, **kwargs):
+    """Start ppo.py, or code that imports it, in a process whose output can be read while it runs."""
+    command = ["-c", code] if code else [str(ROOT / "ppo.py")]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), "."])}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command, *flags.split()], text=True, env=env, **pipes, **kwargs)
+
+
+def finish(process):
+    """The rest of a started process's standard output, and its standard error."""
+    out, err = process.stdout.read(), process.stderr.read()  # communicate() forgets what readline() has buffered
+    process.wait(timeout=60)
+    return out, err
+
+
 def spawn(flags="", script="ppo.py", **kwargs):
     """Run the script in a fresh process, as a user would."""
     command = [sys.executable, str(ROOT / script), *flags.split()]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **kwargs)
+
+
+def python(code):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

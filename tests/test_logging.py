@@ -12,20 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, parse_episodes, spawn
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import ROOT, parse_episodes, python, read_events, spawn
 
 SCALARS = {
     "charts/learning_rate", "charts/episodic_return", "charts/episodic_length", "charts/SPS", "losses/value_loss",
     "losses/policy_loss", "losses/entropy", "losses/old_approx_kl", "losses/approx_kl", "losses/clipfrac",
     "losses/explained_variance",
 }  # fmt: skip
-
-
-def read_events(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    return events
 
 
 def test_tensorboard_holds_every_scalar_at_increasing_steps_and_the_hyperparameters(run):
@@ -73,11 +66,6 @@ def test_two_runs_of_the_same_second_get_folders_of_their_own(run, monkeypatch):
 
 def test_names_with_slashes_stay_inside_runs(run):
     assert run("--total-timesteps 512 --exp-name ../../a").folder.name.startswith("CartPole-v1__..-..-a__1__")
-
-
-def python(code):
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
 
 
 def test_importing_has_no_side_effect(workdir):

@@ -1,38 +1,10 @@
 """Videos can be played, and an offline Weights & Biases run holds what an online one would send."""
 
 import shutil
-import struct
 from pathlib import Path
 
-import imageio_ffmpeg
-import numpy as np
 import pytest
-from conftest import ROOT, parse_episodes, spawn
-
-
-def frames(path):
-    reader = imageio_ffmpeg.read_frames(str(path))
-    width, height = next(reader)["size"]
-    return [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-
-
-def wandb_records(folder):
-    """The records of an offline run's .wandb file: a LevelDB log of protocol buffers."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data = next(folder.glob("*.wandb")).read_bytes()
-    position, part = 7, b""  # behind the file's own header
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        part += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield Record.FromString(part)
-            part = b""
+from conftest import ROOT, frames, parse_episodes, spawn, wandb_records
 
 
 @pytest.fixture(scope="module")
