@@ -25,8 +25,8 @@ def main(argv=None):
     parser.add_argument("--capture-video", action="store_true", help="record every episode")
     parser.add_argument("--render", action="store_true", help="show it in a window, where there is a screen")
     args = parser.parse_args(argv)
-    if args.episodes < 1 or args.seed < 0 or (args.render and args.capture_video):
-        fail("--episodes must be 1 or more, --seed 0 or more, and a window (--render) cannot be recorded")
+    if args.episodes < 1 or not 0 <= args.seed < 2**63 or (args.render and args.capture_video):
+        fail("--episodes must be 1 or more, --seed between 0 and 2**63, and a window (--render) cannot be recorded")
     checkpoint = load_checkpoint(args.run)
     env_id = checkpoint["args"]["env_id"]
     render_mode = "human" if args.render else "rgb_array" if args.capture_video else None

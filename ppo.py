@@ -5,7 +5,7 @@
     tensorboard --logdir runs                                            # the curves, in a browser
 
 PPO repeats two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update: these data
-serve several epochs of minibatch gradient steps; a clipped objective takes away what straying far from it could gain.
+serve several epochs of minibatch gradient steps; clipping makes sure that straying far from that policy gains nothing.
 Details, some from the paper and some known only from its code, make up PPO as it is used. Each is explained where it
 happens (search for "Detail 5", say); the loop that ties them together is train():
 
@@ -21,8 +21,7 @@ github.com/openai/baselines; [Huang] The 37 Implementation Details of PPO, ICLR 
 
 import argparse
 import contextlib
-import functools
-import math
+import io
 import multiprocessing
 import os
 import pickle
@@ -67,7 +66,7 @@ def parse_args(argv=None):
     run, data, update = map(parser.add_argument_group, ("the run", "the data", "the update"))
     run.add_argument("--exp-name", default=Path(__file__).stem, help="name of the experiment")
     run.add_argument("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id; module:Id imports module first")
-    run.add_argument("--resume", metavar="RUN", help="go on with the run in the folder runs/RUN, and with its flags")
+    run.add_argument("--resume", metavar="FOLDER", help="go on with the run of this folder, runs/..., and its flags")
     run.add_argument("--checkpoint-interval", type=int, default=10, help="updates between checkpoints; 0: none")
     run.add_argument("--total-timesteps", type=int, default=25000, help="of all environments, in whole batches")
     run.add_argument("--seed", type=int, default=1, help="of random, numpy, torch and the environments")
@@ -91,7 +90,7 @@ def parse_args(argv=None):
     update.add_argument("--num-minibatches", type=int, default=4, help="equal parts that a batch is split into")
     update.add_argument("--update-epochs", type=int, default=4, help="K, passes over each batch")
     add_bool(update, "norm-adv", default=True, help="normalize the advantages of each minibatch")
-    update.add_argument("--clip-coef", type=float, default=0.2, help="no gain from a ratio beyond 1 -+ this")
+    update.add_argument("--clip-coef", type=float, default=0.2, help="no gain from a ratio beyond 1 +- this")
     add_bool(update, "clip-vloss", default=True, help="clip the value loss too")
     update.add_argument("--ent-coef", type=float, default=0.01, help="c2, weight of the entropy bonus")
     update.add_argument("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
@@ -99,7 +98,7 @@ def parse_args(argv=None):
     update.add_argument("--target-kl", type=float, default=None, help="end an update beyond this KL; 0.015 is usual")
     args = parser.parse_args(argv)
     args.world_size = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes, which torchrun says
-    if args.resume:  # that run's flags take the place of the defaults, and none may be given another value
+    if args.resume is not None:  # that run's flags take the place of the defaults, and none may be given another value
         saved = load_checkpoint(args.resume)["args"]
         args = parser.parse_args(argv, argparse.Namespace(**saved | {"world_size": args.world_size}))
         changed = {name: was for name, was in saved.items() if name != "resume" and getattr(args, name) != was}
@@ -107,19 +106,18 @@ def parse_args(argv=None):
             fail(f"--resume keeps the flags of its run, of which only total_timesteps may grow. Before: {changed}")
         if changed and args.anneal_lr:
             print(f"note: annealed over {args.total_timesteps} steps now, the learning rate goes on higher than it was")
-    ranges = {"seed": (0, 2**32 - 1), "checkpoint_interval": (0, math.inf), "num_threads": (1, 1024)}
+    ranges = {"seed": (0, 2**32 - 1), "checkpoint_interval": (0, 2**53), "num_threads": (1, 1024)}
     ranges |= {"gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
-        low, high = ranges.get(name, (1, math.inf) if type(value) is int else (0, 1e30))  # float32 ends soon after
+        low, high = ranges.get(name, (1, 2**53) if type(value) is int else (0, 1e30))  # float32 overflows at 3e38
         if type(value) in (int, float) and not low <= value <= high:  # not "value < low or ...": NaN must fail too
             fail(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_updates = args.total_timesteps // args.batch_size
     batch = f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = {args.batch_size} steps"
-    if args.batch_size % args.num_minibatches or (
-        args.norm_adv and args.minibatch_size < 2 * args.world_size
-    ):  # std of 1: NaN
+    smallest = 2 * args.world_size if args.norm_adv else 1  # the standard deviation of one number is NaN
+    if args.batch_size % args.num_minibatches or args.minibatch_size < smallest:
         fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts of 2 steps or more")
     if args.num_envs % args.world_size:
         fail(f"--num-envs {args.num_envs} cannot be split evenly over the {args.world_size} processes of torchrun")
@@ -132,14 +130,13 @@ def parse_args(argv=None):
 
 def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
     """Return a function that makes one environment with flat observations, as vectorized environments want it. Episodes
-    0, 1, 8, 27, ... become mp4 files in ``video_folder``, if there is one. ValueError: a space is not supported.
-    """
+    0, 1, 8, 27, ... become mp4 files in ``video_folder``, if there is one. ValueError: a space is not supported."""
 
     def thunk():
         if multiprocessing.parent_process():  # Ctrl-C reaches workers too, but the main process must end them
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))  # not all environments know it
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))  # not all accept this argument
         if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)  # Discrete becomes one-hot, Dict and Tuple one long vector
         if copy_obs:  # some environments write each one into the same array, but final_obs must outlive reset
@@ -156,15 +153,15 @@ def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
 def make_envs(args, mode, num_envs, seed, video_folder=None):
     """``num_envs`` environments as one; sub-environment i has ``seed`` + i. ValueError: a space is not supported."""
     first = {"render_mode": "rgb_array", "video_folder": video_folder} if args.capture_video else {}
-    copy_obs, same_step = args.bootstrap_truncation, gym.vector.AutoresetMode.SAME_STEP
-    thunks = [make_env(args.env_id, seed + i, copy_obs=copy_obs, **{} if i else first) for i in range(num_envs)]
-    if mode == "sync":  # SAME_STEP: the step that ends an episode also resets; obs[step + 1] is of the next episode
-        envs = gym.vector.SyncVectorEnv(thunks, autoreset_mode=same_step)
-    elif mode == "async":
-        envs = gym.vector.AsyncVectorEnv(thunks, autoreset_mode=same_step)
-        envs.step_wait = functools.partial(envs.step_wait, timeout=60)  # seconds; slower than that: it hangs
-    else:
+    options = [first] + [{}] * (num_envs - 1)
+    thunks = [make_env(args.env_id, seed + i, copy_obs=args.bootstrap_truncation, **o) for i, o in enumerate(options)]
+    if mode == "vector_entry_point":
         envs = gym.make_vec(args.env_id, num_envs, vectorization_mode=mode)
+    else:  # SAME_STEP: the step that ends an episode also resets; obs[step + 1] is of the next episode
+        make = gym.vector.SyncVectorEnv if mode == "sync" else gym.vector.AsyncVectorEnv
+        envs = make(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    if mode == "async":
+        envs.step_wait = lambda wait=envs.step_wait: wait(timeout=60)  # no answer in 60 seconds counts as a hang
     action_space, obs_space = envs.single_action_space, envs.single_observation_space
     if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
         raise ValueError(f"its action space is {action_space}, but only Discrete (from 0) is supported")
@@ -187,13 +184,11 @@ class MLP(nn.ModuleList):
     def __init__(self, in_features, out_features, gain):
         hidden = [layer_init(nn.Linear(in_features, 64)), layer_init(nn.Linear(64, 64))]
         super().__init__([*hidden, layer_init(nn.Linear(64, out_features), gain)])
-        self.weights = [(layer.weight, layer.bias) for layer in self]
+        self.weights = list(self.parameters())  # nn.Sequential, which calls modules, takes 1.3 to 1.8 times as long
 
     def forward(self, x):
-        *hidden, (weight, bias) = self.weights  # nn.Sequential, which calls modules, takes 1.3 to 1.8 times as long
-        for w, b in hidden:
-            x = torch.tanh(F.linear(x, w, b))
-        return F.linear(x, weight, bias)
+        w1, b1, w2, b2, w3, b3 = self.weights
+        return F.linear(F.linear(F.linear(x, w1, b1).tanh(), w2, b2).tanh(), w3, b3)
 
 
 class Agent(nn.Module):
@@ -213,8 +208,8 @@ class Agent(nn.Module):
         logits = self.actor(obs).cpu()  # drawn there on every device: one generator to seed and to save
         logprobs = logits - logits.logsumexp(-1, keepdim=True)  # log pi(.|s): (batch, num_actions)
         probs = logprobs.softmax(-1)  # torch.multinomial(probs, 1) is what follows, and checks: 7 % of all time
-        action = (probs / torch.empty_like(probs).exponential_(1)).argmax(-1, keepdim=True)
-        return action.squeeze(-1), logprobs.gather(-1, action).squeeze(-1)
+        action = (probs / torch.empty_like(probs).exponential_(1)).argmax(-1)
+        return action, logprobs.gather(-1, action[:, None]).squeeze(-1)
 
     def get_action_and_value(self, obs, action=None):
         """Returns the action, drawn unless it is given, log pi(a|s), the policy's entropy in nats, V(s): (batch,)."""
@@ -222,7 +217,7 @@ class Agent(nn.Module):
         logprobs = logits - logits.logsumexp(-1, keepdim=True)
         if action is None:
             action = torch.multinomial(logprobs.softmax(-1), 1).squeeze(-1)
-        logprob = logprobs.gather(-1, action[:, None]).squeeze(-1)  # before the entropy: keeps backward()'s rounding
+        logprob = logprobs.gather(-1, action[:, None]).squeeze(-1)  # first: the order decides how backward() rounds
         entropy = -(logprobs * logprobs.softmax(-1)).sum(-1)
         return action, logprob, entropy, self.get_value(obs)
 
@@ -230,8 +225,7 @@ class Agent(nn.Module):
 def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
     """Advantages, how much better each action turned out than the critic expected, and returns, the critic's targets:
     (num_steps, num_envs) each, as are the rewards. values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the
-    step before obs[t] ended an episode. values[-1] stands for what follows the rollout (bootstrapping).
-    """
+    step before obs[t] ended an episode. values[-1] stands for what follows the rollout (bootstrapping)."""
     continues = 1.0 - dones[1:]  # 0 where step t ended an episode: nothing that follows counts
     if not gae:  # R_t = r_t + gamma * R_{t+1}; A_t = R_t - V(s_t): what lambda = 1 gives too, up to rounding
         returns, next_return = np.zeros_like(rewards), values[-1]
@@ -262,7 +256,7 @@ def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, value
     # pulls back a ratio that went the other way. ([PPO] equation 7, there a min, as it is maximized)
     clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-    # Detail 9: values that move beyond clip_coef (in units of return!) from the rollout's gain nothing more. Not in the
+    # Detail 9: to move a value beyond clip_coef (in units of return!) from the rollout's gains nothing. Not in the
     # paper, and later found useless (arXiv:2005.12729) or harmful (arXiv:2006.05990). (baselines, as is the 0.5)
     v_loss = (newvalue - returns) ** 2
     if args.clip_vloss:
@@ -301,14 +295,14 @@ def train(args, stop_signals=()):
     except Exception as error:  # environments raise anything; their users need the reason, not our traceback
         hint = " Do --vectorization-mode sync and async work?" * (mode == "vector_entry_point")
         fail(f"--env-id {args.env_id}{' --capture-video' * args.capture_video}: {str(error) or repr(error)}{hint}")
-    saved = args.resume and load_checkpoint(args.resume)
+    saved = None if args.resume is None else load_checkpoint(args.resume)
     last_update, global_step, wandb_id = saved["progress"] if saved else (0, 0, None)
     if args.track:
         import wandb  # takes a second, so only when it is asked for
 
         options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": vars(args)}
         options |= {"sync_tensorboard": True, "save_code": True, "id": wandb_id, "resume": "allow"}
-        try:  # before the SummaryWriter is made: sync_tensorboard sends on what that gets
+        try:  # wandb must see the SummaryWriter being made
             wandb_id = wandb.init(**options).id
         except wandb.errors.CommError as error:
             print(f"note: W&B cannot be reached and logs to the disk, for wandb sync later: {error}")
@@ -317,7 +311,7 @@ def train(args, stop_signals=()):
             fail(f"--track: {error} (Or set WANDB_MODE=offline to do without an account.)")
     folder = Path(args.resume or "runs")
     folder.mkdir(exist_ok=True)
-    for second in range(int(time.time()), 0 if saved or rank > 0 else 2**63):  # no two runs have the same name
+    for second in range(int(time.time()), 0 if saved or rank > 0 else 2**63):  # the first one that no run has taken
         folder = Path("runs", re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{second}"))
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -325,12 +319,12 @@ def train(args, stop_signals=()):
     video_folder = Path("videos", folder.name, f"from-step-{global_step}" if saved else "")
     if args.track:
         wandb.run.name = folder.name
-    facts = {"observation_space": probe.single_observation_space, "action_space": probe.single_action_space}
-    for name, value in (vars(args) | facts | {"max_episode_steps": gym.spec(args.env_id).max_episode_steps}).items():
+    facts = {name: getattr(probe, f"single_{name}") for name in ("observation_space", "action_space")}
+    facts["max_episode_steps"] = gym.spec(args.env_id.split(":")[-1]).max_episode_steps
+    for name, value in (vars(args) | facts).items():
         print(f"{name}={' '.join(str(value).split())}")
-    writer = Mock()  # takes every call and does nothing
-    if rank == 0:
-        writer = SummaryWriter(folder, purge_step=global_step + 1 if saved else None)  # hides what a resumed run redoes
+    purge_step = global_step + 1 if saved else None  # hides what a resumed run does again
+    writer = SummaryWriter(folder, purge_step=purge_step) if rank == 0 else Mock(add_scalar=lambda *args: None)
     writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
 
     # Seeds: from here on, only the algorithm draws from these generators.
@@ -348,39 +342,36 @@ def train(args, stop_signals=()):
     # Detail 1: N environments are stepped together: one forward pass serves them all, and a batch holds N independent
     # stretches of play, less alike than one long stretch. ([A3C]; [PPO] Algorithm 1: N actors)
     envs = make_envs(args, mode, N, seed, video_folder)
+    # In NEXT_STEP mode the step that ends an episode gives its last observation; the next step, of any action, resets.
     next_step = envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.NEXT_STEP
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n).to(device)
     # Detail 3: eps 1e-5, not PyTorch's 1e-8, keeps steps small where gradients are tiny, mostly noise. (baselines)
     # adam is what torch.optim.Adam calls; an object of that class takes a second of imports. The agent's parameters and
     # gradients become views of two long vectors: updates take a fifth less time.
-    adam_options = {"eps": 1e-5, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0, "amsgrad": False, "maximize": False}
+    fixed = {"eps": 1e-5, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0, "amsgrad": False, "maximize": False}
     params = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(params, agent.parameters())
     params.grad, exp_avg, exp_avg_sq = torch.zeros((3, len(params)), device=device)
     adam_steps, grads = torch.tensor(0.0), params.grad.split([p.numel() for p in agent.parameters()])
     for p, grad in zip(agent.parameters(), grads, strict=True):
         p.grad = grad.view_as(p)
-    adam_state = [exp_avg], [exp_avg_sq], [], [adam_steps]
     if dist.is_initialized():
         dist.broadcast(params, 0)  # all processes start from the same parameters
+    # obs[t + 1], dones[t + 1] follow from actions[t]: (num_steps + 1, num_envs, ...); the rest: (num_steps, num_envs)
     obs, dones = np.zeros((T + 1, *envs.observation_space.shape), np.float32), np.zeros((T + 1, N), np.float32)
-    logprobs, rewards = np.zeros((2, T, N), np.float32)  # (num_steps, num_envs) each, as are the actions
+    logprobs, rewards = np.zeros((2, T, N), np.float32)
     actions = np.zeros((T, N), np.int64)
     if saved:
         agent.load_state_dict(saved["agent"])
         exp_avg[:], exp_avg_sq[:], adam_steps[...] = saved["adam"]
-        process = saved["processes"][rank]
-        random.setstate(process["random"])
-        np.random.set_state(process["numpy"])
-        torch.set_rng_state(process["torch"])
-    if saved and len(process["envs"]):
-        envs, obs[-1], dones[-1] = pickle.loads(process["envs"].numpy().tobytes())  # runs a stranger's code: see README
+    if saved and (thawed := thaw(saved["processes"][rank])):
+        envs, obs[-1], dones[-1] = thawed
     else:
-        obs[-1], _ = envs.reset(seed=seed + global_step)
-        if saved:
-            print("note: these environments could not be saved, so new episodes start")
+        obs[-1], _ = envs.reset(seed=seed + global_step)  # + ...: a resumed run plays new ones
     start_step, start_time, logged_videos = global_step, time.perf_counter(), set()
-    bar = tqdm(total=args.num_updates * args.batch_size, initial=global_step, disable=rank > 0 or None)
+    bar = tqdm(
+        total=args.num_updates * args.batch_size, initial=global_step, disable=rank > 0 or None
+    )  # None: if no terminal
     try:
         for update in range(last_update + 1, args.num_updates + 1):
             # Detail 4: large steps while there is much to learn, ever smaller ones to settle on what was found: linear
@@ -408,7 +399,7 @@ def train(args, stop_signals=()):
                     final_obs = torch.as_tensor(final_obs, dtype=torch.float32, device=device)
                     rewards[step, cut] += args.gamma * agent.get_value(final_obs).numpy(force=True)
                 if "episode" in infos:
-                    finished = infos["_episode"]  # which ones: (num_envs,), as are the two below
+                    finished = infos["_episode"]  # a mask: (num_envs,); below, one entry for each finished episode
                     episode_returns, lengths = infos["episode"]["r"][finished], infos["episode"]["l"][finished]
                     for r, length in zip(episode_returns, lengths, strict=True):
                         bar.write(f"global_step={global_step}, episodic_return={r}, episodic_length={length}")
@@ -423,9 +414,8 @@ def train(args, stop_signals=()):
             batch = (obs[:-1], actions, logprobs, advantages, returns, values[:-1])
             batch = [torch.as_tensor(x.reshape(T * N, *x.shape[2:]), device=device) for x in batch]
             # Update
-            b_inds, clipfracs = np.arange(T * N), []
-            if next_step:  # what was done after an episode's end had no effect: there is nothing to learn from it
-                b_inds = np.flatnonzero(dones[:-1] == 0)
+            # There is nothing to learn from steps that only reset.
+            b_inds, clipfracs = np.flatnonzero(dones[:-1] == 0) if next_step else np.arange(T * N), []
             for _ in range(args.update_epochs):
                 # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
                 # than one on the whole batch, and each sample is used once per epoch. ([PPO] Algorithm 1; baselines)
@@ -442,7 +432,7 @@ def train(args, stop_signals=()):
                     # it is shortened to it: one odd minibatch cannot wreck the policy. (baselines; arXiv:1211.5063)
                     grad_norm = nn.utils.get_total_norm(grads)
                     params.grad *= torch.clamp(args.max_grad_norm / (grad_norm + 1e-6), max=1.0)
-                    adam([params], [params.grad], *adam_state, lr=learning_rate, **adam_options)
+                    adam([params], [params.grad], [exp_avg], [exp_avg_sq], [], [adam_steps], lr=learning_rate, **fixed)
                 # Bonus: clipping does not bound how far many steps lead. If the last minibatch's KL is over target_kl,
                 # these data are too old for another epoch. (OpenAI Spinning Up, at every step; [Huang] as here)
                 if args.target_kl is not None and mean_over_ranks(stats["approx_kl"]) > args.target_kl:
@@ -450,19 +440,19 @@ def train(args, stop_signals=()):
             if not all(x.isfinite().all() for x in (loss, grad_norm, params)):
                 fail(f"update {update} (step {global_step}) diverged: lower --learning-rate, or look at the rewards", 1)
             if dist.is_initialized() and len(set(gather_from_ranks(params.cpu().numpy().tobytes()))) > 1:
-                fail(f"update {update}: the parameters of the processes have parted", 1)
+                fail(f"update {update}: the parameters of the processes differ", 1)
             # Logging: stats are those of the last minibatch, except for clipfrac, the mean of all. Explained variance
             # is 1 for a critic right up to a constant, 0 for one no better than a constant, below 0 for a worse one.
             stats["clipfrac"] = np.mean(clipfracs)
             b_returns, b_values = returns.flat[b_inds], values.flat[b_inds]
             stats["explained_variance"] = 1 - (b_returns - b_values).var() / (b_returns.var() + 1e-8)
             sps = int((global_step - start_step) / (time.perf_counter() - start_time))
-            charts = {"charts/SPS": sps, "charts/learning_rate": learning_rate}
-            for name, value in (charts | {f"losses/{name}": value for name, value in stats.items()}).items():
+            scalars = {f"losses/{name}": value for name, value in stats.items()}
+            for name, value in {"charts/SPS": sps, "charts/learning_rate": learning_rate, **scalars}.items():
                 writer.add_scalar(name, value, global_step)
-            bar.set_postfix(SPS=sps, mean_return=np.mean(envs.return_queue or [math.nan]), refresh=False)
+            bar.set_postfix(SPS=sps, mean_return=np.mean(envs.return_queue or [np.nan]), refresh=False)
             bar.update(args.batch_size)
-            sys.stdout.flush()  # a record in a file or a pipe is complete up to this update
+            sys.stdout.flush()  # redirected output is complete up to this update
             if args.track and args.capture_video:  # wandb's own monitor_gym breaks with Gymnasium 1.0 and later
                 for path in sorted(set(video_folder.glob("*.mp4")) - logged_videos):
                     wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": global_step})
@@ -479,9 +469,10 @@ def train(args, stop_signals=()):
                 break
     finally:
         failed = sys.exc_info()[0] is not None
-        envs.close(**{"terminate": True} if failed and mode == "async" else {})  # finishes a video, too
         bar.close()
         writer.close()
+        with contextlib.suppress(Exception) if failed else contextlib.nullcontext():  # one error is enough
+            envs.close(**{"terminate": True} if failed and mode == "async" else {})  # finishes a video, too
         if args.track:
             wandb.finish(exit_code=int(failed))
     if stop_signals and args.checkpoint_interval:
@@ -509,8 +500,7 @@ def gather_from_ranks(x):
     """The x of each process of torchrun."""
     xs = [x]
     if dist.is_initialized():
-        xs *= dist.get_world_size()
-        dist.all_gather_object(xs, x)
+        dist.all_gather_object(xs := xs * dist.get_world_size(), x)
     return xs
 
 
@@ -527,15 +517,27 @@ def freeze(*environments):
     return generators | {"envs": frozen}
 
 
+def thaw(frozen):
+    """Set the generators as ``freeze`` found them and return its environments, or None where it could not save them."""
+    random.setstate(frozen["random"])
+    np.random.set_state(frozen["numpy"])
+    torch.set_rng_state(frozen["torch"])
+    try:
+        return pickle.loads(frozen["envs"].numpy().tobytes())  # this could run a stranger's code: see README
+    except Exception:
+        print("note: these environments could not be saved or restored, so new episodes start")
+
+
 def save_checkpoint(folder, checkpoint):
     """Write it to folder/checkpoint.pt, whole or not at all. Exit code 1: it cannot be written."""
+    torch.save(checkpoint, buffer := io.BytesIO())
     try:
         with open(folder / "checkpoint.tmp", "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file)  # down to the disk, before it takes the place of the last one
         os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         fail(f"cannot save {folder}/checkpoint.pt (one saved before is still whole): {error}", 1)
 
 
@@ -543,11 +545,11 @@ def load_checkpoint(folder):
     """Read what save_checkpoint wrote, without running code that a stranger may have put there. Exit code 2: cannot."""
     try:
         checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        _, (_, _, _) = checkpoint["args"]["env_id"], checkpoint["progress"]
         return {key: checkpoint[key] for key in "args agent adam progress processes".split()}
-    except OSError as error:
-        fail(error)
     except Exception as error:  # a file can be wrong in many ways
-        fail(f"{folder}/checkpoint.pt is not a whole checkpoint of ppo.py: {type(error).__name__}")
+        damaged = f"{folder}/checkpoint.pt is not a whole checkpoint of ppo.py: {type(error).__name__}"
+        fail(error if getattr(error, "filename", None) else damaged)
 
 
 def main(argv=None):
@@ -562,10 +564,10 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, stop)
     try:
         train(args, stop_signals)
-    except OSError as error:  # a full disk, or a folder that may not be written to
-        fail(error, exit_code=1)
+    except (OSError, MemoryError, UnicodeError) as error:  # such as a full disk, or a batch of a billion steps
+        fail(str(error) or repr(error), 1)
     if stop_signals:
-        sys.exit(128 + stop_signals[0])  # as shells call a death by this signal
+        sys.exit(128 + stop_signals[0])  # the exit code that shells give to a death by this signal
 
 
 if __name__ == "__main__":

@@ -248,10 +248,10 @@ def write_tables(results):
 
 {facts}
 
-500,000 steps (the last row: 1,000,000), default flags but for those named. Of each run, the mean return of its last 100 episodes; of all runs,
-the mean and sample deviation over seeds, and the 95 % percentile bootstrap interval of the mean. The figures of the
-other programs are published ones, also at 500,000 steps, on older versions
-of the environments and libraries.
+500,000 steps (the last row: 1,000,000), default flags but for those named. Of each run, the mean return of its last
+100 episodes; of all runs, the mean and sample deviation over seeds, and the 95 % percentile bootstrap interval of the
+mean. The figures of the other programs are published ones, also at 500,000 steps, on older versions of the environments
+and libraries.
 
 {learning_tables(results)}
 """,

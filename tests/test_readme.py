@@ -34,7 +34,9 @@ def test_every_benchmark_that_is_named_is_run_by_ci():
 
 def cells(text):
     """The cells of all table rows, without bold."""
-    return [[c.strip().replace("**", "") for c in row.strip("|").split("|")] for row in re.findall(r"^\|.*", text, re.M)]
+    return [
+        [c.strip().replace("**", "") for c in row.strip("|").split("|")] for row in re.findall(r"^\|.*", text, re.M)
+    ]
 
 
 def test_effects_of_the_details_are_those_of_the_saved_table():

@@ -187,7 +187,8 @@ def test_defaults_are_those_of_the_design_and_sizes_are_derived():
     args = vars(ppo.parse_args([]))
     expected = dict(
         exp_name="ppo", env_id="CartPole-v1", learning_rate=2.5e-4, seed=1, total_timesteps=25000, cuda=True,
-        torch_deterministic=True, num_threads=1, resume=None, checkpoint_interval=10, vectorization_mode="sync", world_size=1,
+        torch_deterministic=True, num_threads=1, resume=None, checkpoint_interval=10, vectorization_mode="sync",
+        world_size=1,
         track=False, wandb_project_name="cleanrl", wandb_entity=None,
         capture_video=False, num_envs=4, num_steps=128, anneal_lr=True, gae=True, gamma=0.99, gae_lambda=0.95,
         num_minibatches=4, update_epochs=4, norm_adv=True, clip_coef=0.2, clip_vloss=True, ent_coef=0.01, vf_coef=0.5,
