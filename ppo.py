@@ -29,6 +29,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -562,10 +563,12 @@ def main(argv=None):
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    # TensorBoard writes in a thread: what goes wrong there add_scalar raises, too, so it need not be printed twice.
+    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     try:
         train(args, stop_signals)
     except (OSError, MemoryError, UnicodeError) as error:  # such as a full disk, or a batch of a billion steps
-        fail(str(error) or repr(error), 1)
+        fail(str(error) or repr(error), 2 if isinstance(error, UnicodeError) else 1)
     if stop_signals:
         sys.exit(128 + stop_signals[0])  # the exit code that shells give to a death by this signal
 

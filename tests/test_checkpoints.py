@@ -168,13 +168,15 @@ def test_environments_that_cannot_be_saved_start_new_episodes_and_say_so(env_id,
     assert [step for step, _ in scalars(folder)["losses/entropy"]] == list(range(512, 4097, 512))
 
 
-def test_environments_that_cannot_be_unpickled_end_in_one_line(crash, fails):
+def test_environments_that_cannot_be_unpickled_start_new_episodes(run, crash):
     folder = crash(FLAGS, update=4)
     checkpoint = torch.load(folder / "checkpoint.pt")
-    checkpoint["envs"] = torch.tensor(list(pickle.dumps(1)[:-1]), dtype=torch.uint8)  # cut off
+    checkpoint["processes"][0]["envs"] = torch.tensor(list(pickle.dumps(1)[:-1]), dtype=torch.uint8)  # cut off
     torch.save(checkpoint, folder / "checkpoint.pt")
-    code, _ = fails(f"--resume {folder}", files_allowed=True)
-    assert code == 2
+    assert (
+        "note: these environments could not be saved or restored, so new episodes start"
+        in run(f"--resume {folder}").out
+    )
 
 
 def test_videos_of_a_resumed_run_do_not_overwrite_those_of_before(run, crash):
