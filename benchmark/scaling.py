@@ -109,7 +109,7 @@ def quotients(rows, case, other, field="sps"):
     return [a / b for a, b in zip(column(rows, case, field), column(rows, other, field), strict=True)]
 
 
-def text_of(rows, repeats):
+def text_of(rows, repeats, note):
     """The medians, with the smallest and largest value, and the ratios repeat by repeat, as markdown."""
     packages = ("torch", "numpy", "gymnasium")
     facts = ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)])
@@ -121,7 +121,7 @@ def text_of(rows, repeats):
         f"{repeats} repeats, each in a fresh process, the cases in turn. Medians (smallest to largest). 128 steps per",
         "environment and rollout (the slow environment: 32); one torch thread unless another number is named. async",
         "ends at 64 environments: each is a process, and more make no sense on a few cores. Peak memory is that of the",
-        "largest process. The slow environment is CartPole with steps of 5 ms.\n",
+        f"largest process. The slow environment is CartPole with steps of 5 ms.\n{note}\n",
         "| case | steps | SPS of the loop | microseconds per step | whole process, s | peak MiB |",
         "|---|---|---|---|---|---|",
     ]
@@ -188,6 +188,7 @@ def main():
     parser.add_argument("--steps-divisor", type=int, default=1, help="shorten every run, to try the benchmark itself")
     parser.add_argument("--table-only", action="store_true", help="run nothing, make table and plot of the saved rows")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table, the plot and the raw rows")
+    parser.add_argument("--note", default="", help="what else should be known about the machine")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / "scaling.csv"
@@ -207,7 +208,7 @@ def main():
             flags += f" --seed {repeat if case == 'solve' else 1}"
             writer.writerow((case, repeat, *measure(max(steps // args.steps_divisor, batch), processes, flags)))
             file.flush()
-    text = text_of(list(csv.DictReader(path.open())), args.repeats)
+    text = text_of(list(csv.DictReader(path.open())), args.repeats, args.note)
     (args.results / "scaling.md").write_text(text)
     with plt.rc_context(STYLE):
         figure = draw(list(csv.DictReader(path.open())))
