@@ -1,5 +1,6 @@
 """Shared tools: run ppo.py in a folder of its own, in this process or as a user would, and read what it printed."""
 
+import contextlib
 import os
 import re
 import signal
@@ -82,6 +83,9 @@ def workdir(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
+    while STARTED:
+        for pid in left_behind(STARTED.pop(), patience=0):  # of a test that failed
+            os.kill(pid, signal.SIGKILL)
     for number, handler in handlers.items():  # main changes them
         signal.signal(number, handler)
 
@@ -168,3 +172,47 @@ def spawn(flags="", script="ppo.py", **kwargs):
 def python(code):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+
+STARTED = []
+
+
+def launch(*command, cwd=None, **env):
+    """Start a command; returns the process, which left_behind() recognizes, with what it starts, by a variable."""
+    mark = f"PPO_TEST={time.monotonic_ns()}"
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | env | dict([mark.split("=")])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    options = {"cwd": cwd, "env": env, "text": True, "start_new_session": True} | pipes
+    process = subprocess.Popen([sys.executable, "-W", "ignore", *map(str, command)], **options)
+    process.mark = mark
+    STARTED.append(process)
+    return process
+
+
+def result_of(process, timeout=120):
+    """Wait for a started process; returns its exit code, standard output and standard error."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return SimpleNamespace(code=process.returncode, out=out, err=err, episodes=parse_episodes(out))
+
+
+def left_behind(process, patience=10):
+    """The ids of processes that a started one leaves behind, after some seconds in which they may end (Linux only)."""
+    for _ in range(patience * 10 + 1):
+        found = []
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # it ended, or is another user's
+                if process.mark.encode() in environ.read_bytes().split(b"\0"):
+                    found.append(int(environ.parent.name))
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
+
+
+def torchrun(flags, processes=2, script=ROOT / "ppo.py", **env):
+    """Start the script in so many processes, as torchrun does."""
+    options = ("--standalone", "--nproc-per-node", processes)
+    return launch("-m", "torch.distributed.run", *options, script, *flags.split(), **env)
