@@ -162,7 +162,7 @@ def make_envs(args, mode, num_envs, seed, video_folder=None):
         make = gym.vector.SyncVectorEnv if mode == "sync" else gym.vector.AsyncVectorEnv
         envs = make(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     if mode == "async":
-        envs.step_wait = lambda wait=envs.step_wait: wait(timeout=60)  # no answer in 60 seconds counts as a hang
+        envs.step_wait = lambda timeout=60, wait=envs.step_wait: wait(timeout)  # seconds; no answer by then: it hangs
     action_space, obs_space = envs.single_action_space, envs.single_observation_space
     if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
         raise ValueError(f"its action space is {action_space}, but only Discrete (from 0) is supported")
@@ -344,7 +344,7 @@ def train(args, stop_signals=()):
     # stretches of play, less alike than one long stretch. ([A3C]; [PPO] Algorithm 1: N actors)
     envs = make_envs(args, mode, N, seed, video_folder)
     # In NEXT_STEP mode the step that ends an episode gives its last observation; the next step, of any action, resets.
-    next_step = envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.NEXT_STEP
+    next_step = envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.SAME_STEP
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n).to(device)
     # Detail 3: eps 1e-5, not PyTorch's 1e-8, keeps steps small where gradients are tiny, mostly noise. (baselines)
     # adam is what torch.optim.Adam calls; an object of that class takes a second of imports. The agent's parameters and
@@ -476,6 +476,8 @@ def train(args, stop_signals=()):
             envs.close(**{"terminate": True} if failed and mode == "async" else {})  # finishes a video, too
         if args.track:
             wandb.finish(exit_code=int(failed))
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if stop_signals and args.checkpoint_interval:
         print(f"stopped at step {global_step} of {args.total_timesteps}; to go on: python ppo.py --resume {folder}")
     print(f"results: {folder}" + f" and {video_folder}" * args.capture_video)
@@ -486,6 +488,7 @@ def broken_workers(envs, error):
     """Which workers of an AsyncVectorEnv raised, died or, if the time is out, have not answered, as text."""
     workers = zip(getattr(envs.unwrapped, "processes", ()), getattr(envs.unwrapped, "parent_pipes", ()), strict=True)
     late = isinstance(error, multiprocessing.TimeoutError)
+    time.sleep(1)  # until then a process that has just died may seem alive
     broken = [i for i, (p, pipe) in enumerate(workers) if not pipe or not p.is_alive() or late and not pipe.poll()]
     return f", sub-environment {broken}," * bool(broken)
 
