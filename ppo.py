@@ -473,7 +473,10 @@ def train(args, stop_signals=()):
         bar.close()
         writer.close()
         with contextlib.suppress(Exception) if failed else contextlib.nullcontext():  # one error is enough
-            envs.close(**{"terminate": True} if failed and mode == "async" else {})  # finishes a video, too
+            if failed and mode == "async":  # do not wait for workers that are dead or hang
+                envs.unwrapped.step_wait = Mock(side_effect=multiprocessing.TimeoutError)
+                envs.close(terminate=True)
+            envs.close()  # finishes a video, too
         if args.track:
             wandb.finish(exit_code=int(failed))
     if dist.is_initialized():
