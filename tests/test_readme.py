@@ -47,7 +47,7 @@ def test_effects_of_the_details_are_those_of_the_saved_table():
     for row, *others in zip(rows, *(table[3:] for table in saved), strict=True):
         assert row[0] == re.match(r"\d*", others[0][0])[0]
         assert row[-2:] == [other[4] for other in others]
-        bold = re.search(re.escape(row[1]) + ".*", README)[0]
+        bold = re.search(rf"^\| {row[0]} *\| {re.escape(row[1])} .*", README, re.MULTILINE)[0]
         for effect in row[-2:]:
             low, high = map(float, re.search(r"\((\S+) to (\S+)\)", effect).groups())
             assert (f"**{effect}**" in bold) == (low > 0 or high < 0)
