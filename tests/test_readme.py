@@ -14,14 +14,14 @@ BLOCKS = re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[2:]
 RESULTS = ROOT / "benchmark" / "results"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in BLOCKS if "ppo.py" in b and "box2d" not in b])
 def test_commands_run(block, workdir):
-    """Each block runs line by line in a shell, in one folder, with fewer steps."""
-    os.symlink(Path(sys.executable).parent, "bin")
+    """Each block runs line by line in a shell, in one folder, with a tenth of the steps."""
     for name in ("ppo.py", "evaluate.py"):
         os.symlink(ROOT / name, name)
-    commands = re.sub(r"--total-timesteps (\d)00000", r"--total-timesteps \g<1>024", block)
-    environment = os.environ | {"PATH": f"{workdir}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    commands = re.sub(r"(--total-timesteps \d+0)0000\b", r"\g<1>000", block)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     result = subprocess.run(["bash", "-euxc", commands], capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     assert any(Path("runs").glob("*/checkpoint.pt"))
