@@ -292,6 +292,7 @@ def train(args, stop_signals=()):
         probe.reset(seed=seed)
         if args.capture_video and not isinstance(probe.render()[0], np.ndarray):
             raise ValueError("it does not render images")
+        spec = getattr(probe.unwrapped, "envs", [probe.unwrapped])[0].spec
         probe.close()
     except Exception as error:  # environments raise anything; their users need the reason, not our traceback
         hint = " Do --vectorization-mode sync and async work?" * (mode == "vector_entry_point")
@@ -310,19 +311,19 @@ def train(args, stop_signals=()):
             wandb_id = wandb.init(**options, mode="offline").id
         except Exception as error:
             fail(f"--track: {error} (Or set WANDB_MODE=offline to do without an account.)")
-    folder = Path(args.resume or "runs")
+    folder = Path("runs" if args.resume is None else args.resume)
     folder.mkdir(exist_ok=True)
     for second in range(int(time.time()), 0 if saved or rank > 0 else 2**63):  # the first one that no run has taken
         folder = Path("runs", re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{second}"))
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             break
-    video_folder = Path("videos", folder.name, f"from-step-{global_step}" if saved else "")
+    run_name = folder.resolve().name
+    video_folder = Path("videos", run_name, f"from-step-{global_step}" if saved else "")
     if args.track:
-        wandb.run.name = folder.name
+        wandb.run.name = run_name
     facts = {name: getattr(probe, f"single_{name}") for name in ("observation_space", "action_space")}
-    facts["max_episode_steps"] = gym.spec(args.env_id.split(":")[-1]).max_episode_steps
-    for name, value in (vars(args) | facts).items():
+    for name, value in (vars(args) | facts | {"max_episode_steps": spec and spec.max_episode_steps}).items():
         print(f"{name}={' '.join(str(value).split())}")
     purge_step = global_step + 1 if saved else None  # hides what a resumed run does again
     writer = SummaryWriter(folder, purge_step=purge_step) if rank == 0 else Mock(add_scalar=lambda *args: None)
@@ -330,7 +331,7 @@ def train(args, stop_signals=()):
 
     # Seeds: from here on, only the algorithm draws from these generators.
     random.seed(args.seed + rank)
-    np.random.seed(args.seed + rank)
+    np.random.seed((args.seed + rank) % 2**32)
     torch.manual_seed(args.seed + rank)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need to be deterministic
     torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
@@ -417,6 +418,9 @@ def train(args, stop_signals=()):
             # Update
             # There is nothing to learn from steps that only reset.
             b_inds, clipfracs = np.flatnonzero(dones[:-1] == 0) if next_step else np.arange(T * N), []
+            b_inds = (
+                np.resize(b_inds, max(len(b_inds), 2 * args.num_minibatches)) if next_step else b_inds
+            )  # repeats some
             for _ in range(args.update_epochs):
                 # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
                 # than one on the whole batch, and each sample is used once per epoch. ([PPO] Algorithm 1; baselines)
@@ -481,8 +485,9 @@ def train(args, stop_signals=()):
             wandb.finish(exit_code=int(failed))
     if dist.is_initialized():
         dist.destroy_process_group()
-    if stop_signals and args.checkpoint_interval:
-        print(f"stopped at step {global_step} of {args.total_timesteps}; to go on: python ppo.py --resume {folder}")
+    if stop_signals:
+        how = f"to go on: python ppo.py --resume {folder}" if args.checkpoint_interval else "there is no checkpoint"
+        print(f"stopped at step {global_step} of {args.total_timesteps}; {how}")
     print(f"results: {folder}" + f" and {video_folder}" * args.capture_video)
     return agent
 
@@ -560,6 +565,7 @@ def load_checkpoint(folder):
 
 
 def main(argv=None):
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed
     args, stop_signals = parse_args(argv), []
 
     def stop(number, frame):  # after this update; a second signal finds the default handlers and stops at once
