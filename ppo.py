@@ -417,10 +417,10 @@ def train(args, stop_signals=()):
             batch = [torch.as_tensor(x.reshape(T * N, *x.shape[2:]), device=device) for x in batch]
             # Update
             # There is nothing to learn from steps that only reset.
-            b_inds, clipfracs = np.flatnonzero(dones[:-1] == 0) if next_step else np.arange(T * N), []
-            b_inds = (
-                np.resize(b_inds, max(len(b_inds), 2 * args.num_minibatches)) if next_step else b_inds
-            )  # repeats some
+            b_inds, clipfracs = np.arange(T * N), []
+            if next_step:  # repeated where too few are left for minibatches of two
+                b_inds = np.flatnonzero(dones[:-1] == 0)
+                b_inds = np.resize(b_inds, max(len(b_inds), 2 * args.num_minibatches))
             for _ in range(args.update_epochs):
                 # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
                 # than one on the whole batch, and each sample is used once per epoch. ([PPO] Algorithm 1; baselines)

@@ -314,3 +314,11 @@ def test_one_process_of_torchrun_plays_the_same_episodes_as_none(run, workdir):
     alone = run("--total-timesteps 4096")
     result = result_of(torchrun("--total-timesteps 4096", processes=1))
     assert result.code == 0 and result.episodes == alone.episodes
+
+
+@pytest.mark.parametrize(
+    "size", ["--num-envs 2 --num-steps 2 --num-minibatches 2", "--num-envs 4 --num-minibatches 256"]
+)
+def test_minibatches_that_reset_steps_leave_too_small_are_filled(size, run):
+    agent = run(f"--vectorization-mode vector_entry_point {size} --total-timesteps 1024").agent
+    assert all(p.isfinite().all() for p in agent.parameters())
