@@ -172,6 +172,7 @@ def make_envs(args, mode, num_envs, seed, video_folder=None):
 
 
 def layer_init(layer, gain=2**0.5, bias=0.0):
+    """Fill ``layer.weight`` with orthogonal rows (or columns) of length ``gain`` and ``layer.bias`` with a constant."""
     # Detail 2: an orthogonal matrix stretches all directions alike, so that neither signals nor gradients vanish or
     # explode in a fresh network. These gains are the original code's. (baselines; Saxe et al. 2014, arXiv:1312.6120)
     nn.init.orthogonal_(layer.weight, gain)
@@ -208,7 +209,8 @@ class Agent(nn.Module):
         """obs: (batch, obs_dim). Returns actions drawn from the policy and their log-probabilities: (batch,) each."""
         logits = self.actor(obs).cpu()  # drawn there on every device: one generator to seed and to save
         logprobs = logits - logits.logsumexp(-1, keepdim=True)  # log pi(.|s): (batch, num_actions)
-        probs = logprobs.softmax(-1)  # torch.multinomial(probs, 1) is what follows, and checks: 7 % of all time
+        probs = logprobs.softmax(-1)
+        # The argmax of p / Exp(1) is a draw from p: what torch.multinomial does, without its checks, 7 % of all time.
         action = (probs / torch.empty_like(probs).exponential_(1)).argmax(-1)
         return action, logprobs.gather(-1, action[:, None]).squeeze(-1)
 
@@ -371,9 +373,8 @@ def train(args, stop_signals=()):
     else:
         obs[-1], _ = envs.reset(seed=seed + global_step)  # + ...: a resumed run plays new ones
     start_step, start_time, logged_videos = global_step, time.perf_counter(), set()
-    bar = tqdm(
-        total=args.num_updates * args.batch_size, initial=global_step, disable=rank > 0 or None
-    )  # None: if no terminal
+    hidden = rank > 0 or None  # None: unless standard error is a terminal
+    bar = tqdm(total=args.num_updates * args.batch_size, initial=global_step, unit="step", disable=hidden)
     try:
         for update in range(last_update + 1, args.num_updates + 1):
             # Detail 4: large steps while there is much to learn, ever smaller ones to settle on what was found: linear
@@ -416,9 +417,10 @@ def train(args, stop_signals=()):
             batch = (obs[:-1], actions, logprobs, advantages, returns, values[:-1])
             batch = [torch.as_tensor(x.reshape(T * N, *x.shape[2:]), device=device) for x in batch]
             # Update
-            # There is nothing to learn from steps that only reset.
             b_inds, clipfracs = np.arange(T * N), []
-            if next_step:  # repeated where too few are left for minibatches of two
+            if (
+                next_step
+            ):  # steps that only reset teach nothing; some others repeat, if too few are left to fill minibatches
                 b_inds = np.flatnonzero(dones[:-1] == 0)
                 b_inds = np.resize(b_inds, max(len(b_inds), 2 * args.num_minibatches))
             for _ in range(args.update_epochs):

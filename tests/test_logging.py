@@ -104,7 +104,7 @@ def test_progress_bar_is_shown_on_a_terminal_only(workdir):
             break
         shown += chunk
     stdout = process.communicate()[0]
-    assert b"1024/1024" in shown and b"SPS=" in shown and b"mean_return=" in shown
+    assert b"1024/1024" in shown and b"step/s" in shown and b"SPS=" in shown and b"mean_return=" in shown
     assert parse_episodes(stdout) == parse_episodes(quiet.stdout)
 
 
