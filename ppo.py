@@ -4,10 +4,9 @@
     python ppo.py --env-id Acrobot-v1 --total-timesteps 500000 --track   # logged to Weights & Biases too
     tensorboard --logdir runs                                            # the curves, in a browser
 
-PPO repeats two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update: these data
-serve several epochs of minibatch gradient steps; clipping makes sure that straying far from that policy gains nothing.
-Details, some from the paper and some known only from its code, make up PPO as it is used. Each is explained where it
-happens (search for "Detail 5", say); the loop that ties them together is train():
+PPO alternates between two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update:
+several epochs of minibatch gradient steps on these data, clipped so that straying far from that policy gains nothing;
+then the data are thrown away. Part one is the algorithm (search for "Detail 5", say), part two all that a run needs.
 
     1. vectorized environments        5. generalized advantage estimation     9. clipped value loss
     2. orthogonal initialization      6. minibatches                         10. overall loss with an entropy bonus
@@ -15,35 +14,338 @@ happens (search for "Detail 5", say); the loop that ties them together is train(
     4. learning rate annealing        8. clipped policy objective            Bonus: early stopping by the KL divergence
 
 Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347; [GAE] Schulman et al. 2016, arXiv:1506.02438; [A3C] Mnih et al.
-2016, arXiv:1602.01783; [Pardo] Pardo et al. 2018, arXiv:1712.00378; [baselines] the original code, folder ppo2 of
-github.com/openai/baselines; [Huang] The 37 Implementation Details of PPO, ICLR Blog Track 2022.
+2016, arXiv:1602.01783; [Pardo] Pardo et al. 2018, arXiv:1712.00378; [baselines] the authors' code, openai/baselines,
+ppo2; [Huang] 37 Implementation Details of PPO, ICLR Blog 2022; [What matters] Andrychowicz et al., arXiv:2006.05990.
 """
 
 import argparse
 import contextlib
+import functools
+import glob
 import io
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
-from unittest.mock import Mock
+from traceback import extract_tb
 
 import cloudpickle
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
-from torch.optim.adam import adam
+from gymnasium.vector.async_vector_env import _async_worker
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+# Part one: the algorithm ----------------------------------------------------------------------------------------------
+
+
+def parse_args(argv=None, **defaults):
+    """The flags; ``defaults`` replace those below. check_args adds: batch_size = num_envs * num_steps, minibatch_size =
+    batch_size / num_minibatches, num_updates; for torchrun, of each process: world_size, rank, local_num_envs."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    switch = {"action": argparse.BooleanOptionalAction}  # --gae or --no-gae; part two translates --gae False, too
+    add = parser.add_argument_group("the run").add_argument
+    add("--exp-name", default=Path(__file__).stem, help="name of the experiment")
+    add("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id; module:Id imports module first")
+    add("--total-timesteps", type=integer, default=25000, help="of all environments, in whole batches")
+    add("--seed", type=integer, default=1, help="of random, numpy, torch and the environments")
+    add("--torch-deterministic", **switch, default=True, help="deterministic algorithms where torch has them")
+    add("--cuda", **switch, default=True, help="use a GPU if there is one")
+    add("--num-threads", type=integer, default=1, help="torch CPU threads; 1: same numbers on any core count")
+    add("--track", **switch, default=False, help="log to Weights & Biases too")
+    add("--wandb-project-name", default="cleanrl", help="W&B project")
+    add("--wandb-entity", default=None, help="W&B user or team; None is your own")
+    add("--capture-video", **switch, default=False, help="record videos of the first environment to videos/")
+    add("--checkpoint-interval", type=float, default=60.0, help="seconds between checkpoints; 0: none")
+    add("--resume", nargs="?", const="runs/*", metavar="FOLDER", help="go on with this run, or the newest, of runs/")
+    add = parser.add_argument_group("the data").add_argument
+    add("--num-envs", type=integer, default=4, help="N, environments that are stepped together")
+    modes = ["sync", "async", "vector_entry_point"]  # in turn, in processes, as one batch
+    add("--vectorization-mode", default="sync", choices=modes, help="how Gymnasium steps them")
+    add("--num-steps", type=integer, default=128, help="T, steps per environment and rollout")
+    add("--gamma", type=float, default=0.99, help="discount per step, 0 to 1")
+    add("--gae", **switch, default=True, help="generalized advantage estimation; off: returns minus values")
+    add("--gae-lambda", type=float, default=0.95, help="0: least noise, most bias; 1: the opposite")
+    add("--bootstrap-truncation", **switch, default=False, help="a time limit is no end: add gamma * V")
+    add = parser.add_argument_group("the update").add_argument
+    add("--learning-rate", type=float, default=2.5e-4, help="Adam's step size")
+    add("--anneal-lr", **switch, default=True, help="lower the learning rate linearly towards 0")
+    add("--update-epochs", type=integer, default=4, help="K, passes over each batch")
+    add("--num-minibatches", type=integer, default=4, help="equal parts that a batch is split into")
+    add("--norm-adv", **switch, default=True, help="normalize the advantages of each minibatch")
+    add("--clip-coef", type=float, default=0.2, help="epsilon; a ratio beyond 1 +- this gains nothing")
+    add("--clip-vloss", **switch, default=True, help="clip the value loss too")
+    add("--ent-coef", type=float, default=0.01, help="c2, weight of the entropy bonus")
+    add("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
+    add("--max-grad-norm", type=float, default=0.5, help="largest norm of all gradients together")
+    add("--target-kl", type=float, default=None, help="end an update beyond this KL, in nats; 0.015 is usual")
+    parser.set_defaults(**defaults)
+    return check_args(parser, argv)
+
+
+def make_env(args, seed, video=None, render_mode=None):
+    """Return a function that makes one environment with flat observations, as vectorized environments want it.
+    ``video``: arguments of RecordVideo, such as its video_folder, if there is to be a video."""
+
+    def thunk():
+        mode = "rgb_array" if video else render_mode
+        env = gym.make(args.env_id, disable_env_checker=True, **({"render_mode": mode} if mode else {}))
+        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+            env = gym.wrappers.FlattenObservation(env)  # Discrete becomes one-hot, Dict and Tuple one long vector
+        if args.bootstrap_truncation:  # it needs last observations, which some environments overwrite at the reset
+            env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
+        if video:
+            env = gym.wrappers.RecordVideo(env, **video)
+        env.action_space.seed(seed)
+        env.observation_space.seed(seed)
+        return env
+
+    return thunk
+
+
+def make_envs(args, num_envs, seed, video=None, render_mode=None):
+    """``num_envs`` environments as one, of which the first may be recorded. ValueError: a space is not supported.
+    Infos hold the return ("r") and the length ("l") of episodes that ended, under "episode_statistics"."""
+    # Detail 1: N environments are stepped together. One forward pass serves all of them, and a batch holds N
+    # independent stretches of play, less alike than one stretch N times as long. ([A3C]; [PPO] Algorithm 1: N actors)
+    # A finished episode is followed by a new one. SAME_STEP: the step that ends one also resets and returns the first
+    # observation of the next, with the last one in infos["final_obs"]. NEXT_STEP, the only mode of some batched
+    # environments: it returns the last observation, and the next step only resets, so that it must not be learned from.
+    thunks = [make_env(args, seed, video, render_mode), *(make_env(args, seed + i) for i in range(1, num_envs))]
+    options = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # train copies observations
+    if video and args.vectorization_mode == "vector_entry_point":
+        raise ValueError("--capture-video needs --vectorization-mode sync or async")
+    if args.vectorization_mode == "sync":
+        envs = gym.vector.SyncVectorEnv(thunks, **options)
+    elif args.vectorization_mode == "async":
+        envs = gym.vector.AsyncVectorEnv(thunks, worker=functools.partial(worker, seed), **options)
+    else:
+        envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="vector_entry_point")
+    actions, observations = envs.single_action_space, envs.single_observation_space
+    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
+        raise ValueError(f"its actions are {actions}, not Discrete from 0 (Box: python -m variants.continuous_action)")
+    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
+        raise ValueError(f"its observations are {observations}, not a flat Box")
+    return gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="episode_statistics")
+
+
+def resets_in_same_step(envs):
+    return envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.SAME_STEP
+
+
+def layer_init(layer, std=2**0.5, bias_const=0.0):
+    # Detail 2: a square orthogonal matrix keeps all lengths, forward and backward: signals and gradients neither vanish
+    # nor explode at first (Saxe et al. 2014, arXiv:1312.6120). A gain of sqrt(2) makes up for the half of the squared
+    # length that a ReLU cuts off (He et al. 2015, arXiv:1502.01852); [baselines] has it with tanh, too.
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+def mlp(num_inputs, num_outputs, std):
+    layers = [layer_init(nn.Linear(num_inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
+    return nn.Sequential(*layers, layer_init(nn.Linear(64, num_outputs), std))
+
+
+class Agent(nn.Module):
+    """Two networks: the critic estimates V(s), the expected discounted return; the actor gives pi(a|s) as logits."""
+
+    def __init__(self, envs):
+        super().__init__()
+        obs_dim, num_actions = envs.single_observation_space.shape[0], envs.single_action_space.n
+        self.critic = mlp(obs_dim, 1, std=1.0)  # nothing follows that cuts off ([baselines])
+        self.actor = mlp(obs_dim, num_actions, std=0.01)  # all actions start about alike ([What matters])
+
+    def get_value(self, obs):
+        """obs: (batch, obs_dim). Returns V(s): (batch,)."""
+        return self.critic(obs.float()).squeeze(-1)
+
+    def get_action_and_value(self, obs, action=None):
+        """Returns the action, drawn unless it is given, log pi(a|s), the policy's entropy in nats, V(s): (batch,)."""
+        # What torch's Categorical and multinomial do, less their checks, a tenth of the time: argmax p / Exp(1) draws.
+        logits = self.actor(obs.float())
+        logprobs = logits - logits.logsumexp(-1, keepdim=True)  # log pi(.|s): (batch, num_actions)
+        if action is None:
+            probs = logprobs.softmax(-1)
+            action = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+        logprob = logprobs.gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
+        entropy = -(logprobs * logprobs.softmax(-1)).sum(-1)
+        return action, logprob, entropy, self.get_value(obs)
+
+
+def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
+    """Advantages, how much better each action turned out than the critic expected, and returns, the critic's targets:
+    (num_steps, num_envs) each, as are the rewards. values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the
+    step before obs[t] ended an episode. Their last row belongs to the observation that follows the rollout."""
+    # Detail 5: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) compares what the critic expected before and after a step.
+    # GAE adds up the later ones: A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * delta_{t+2} ...
+    # lambda = 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel
+    # and leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18)
+    # An episode's end ends the sum, as nothing after it was this action's doing. At the rollout's end V(s_{t+1}) stands
+    # for all that is still to come (bootstrapping).
+    continues = 1.0 - dones[1:]  # 0 where step t ended an episode
+    if gae:
+        deltas = rewards + gamma * values[1:] * continues - values[:-1]
+        advantages, next_advantage = np.zeros_like(rewards), 0
+        for t in reversed(range(len(rewards))):
+            advantages[t] = next_advantage = deltas[t] + gamma * gae_lambda * continues[t] * next_advantage
+        return advantages, advantages + values[:-1]  # V, corrected by A: the lambda-return, as a target
+    returns, next_return = np.zeros_like(rewards), values[-1]  # --no-gae: what lambda = 1 gives, up to rounding
+    for t in reversed(range(len(rewards))):
+        returns[t] = next_return = rewards[t] + gamma * continues[t] * next_return
+    return returns - values[:-1], returns
+
+
+def value_cut_off(agent, envs, next_obs, terminations, truncations, infos):
+    """V of the last observation where a time limit cut an episode off in this step, 0 elsewhere: (num_envs,)."""
+    # Such an episode would have gone on. By default, as in [baselines], it counts as over; gamma * V, what was lost,
+    # may be added to its last reward: this works because nothing after an end counts in compute_advantages. ([Pardo])
+    values, cut = np.zeros(len(truncations), np.float32), truncations & ~terminations
+    if cut.any():
+        last_obs = np.stack(infos["final_obs"][cut]) if resets_in_same_step(envs) else next_obs[cut]
+        with torch.inference_mode():
+            values[cut] = agent.get_value(torch.from_numpy(last_obs).to(next(agent.parameters()).device)).cpu().numpy()
+    return values
+
+
+def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_returns, mb_values, args):
+    """The loss of a minibatch, and a dict of what to log. (minibatch_size,) each; mb_: as the rollout left it."""
+    logratio = newlogprob - mb_logprobs
+    ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
+    # Detail 7: with mean 0 and standard deviation 1 the scale of the rewards drops out of the policy loss, and some of
+    # the actions are always encouraged, others discouraged. ([baselines], for each minibatch, as here)
+    if args.norm_adv:
+        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+    # Detail 8: the ratio makes up for judging the new policy by actions that the old one drew. But the advantages are
+    # the old one's, too: far from it they are wrong, and a policy ruined by them collects the next batch. So the loss
+    # is flat where a good action (A > 0) is likelier by more than clip_coef, or a bad one rarer; where a good one got
+    # rarer, or a bad one likelier, the max keeps the slope back. ([PPO] equation 7: a min, to maximize)
+    pg_loss1 = -mb_advantages * ratio
+    pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+    # Detail 9: meant to keep the critic near its old self, too: to move a value by more than clip_coef, in units of
+    # return (a lot for returns of 1, little for 100), gains nothing. Not in the paper; on because [baselines] has it,
+    # as it has this 0.5. Later studies found it useless (arXiv:2005.12729) or harmful ([What matters]).
+    v_loss = (newvalue - mb_returns) ** 2
+    if args.clip_vloss:
+        v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
+    v_loss = 0.5 * v_loss.mean()
+    # Detail 10: entropy is highest where all actions are equally likely: the bonus keeps the policy from settling early
+    # ([A3C]; [PPO] equation 9). vf_coef, a second 0.5, weighs a critic that shares layers with the actor. This one does
+    # not, and Adam divides a gradient's scale out: what is left is mostly its part in the norm that detail 11 clips.
+    entropy_loss = entropy.mean()
+    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+    # Debug variables. KL(pi_old || pi_new), how far the policy has moved, in nats: k1 (old_approx_kl) is noisy, may be
+    # negative; k3 (approx_kl) is less noisy, never negative (joschu.net/blog/kl-approx.html). clipfrac: the part of the
+    # samples beyond the clip range. Healthy, in our runs: KL 0.001 to 0.02, clipfrac up to 0.2; more: lower the rate.
+    with torch.no_grad():
+        stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss}
+        stats["old_approx_kl"] = (-logratio).mean()
+        stats["approx_kl"] = ((ratio - 1) - logratio).mean()
+        stats["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
+    return loss, stats
+
+
+def train(args, make_envs=make_envs, Agent=Agent):
+    """Train an agent and return it; print episodes, log and save to runs/<run_name>. For exit codes see Run."""
+    with Run(args) as run:  # part two: it seeds the generators, logs, saves, stops on signals
+        device, T, N = run.device, args.num_steps, args.local_num_envs
+        envs = run.make(make_envs)  # make_envs for this process's share of the environments
+        agent = Agent(envs).to(device)
+        # Detail 3: the step is lr * m / (sqrt(v) + eps), with means of the gradient, m, and of its square, v. Where v
+        # is tiny, eps = 1e-5 ([baselines]; PyTorch: 1e-8) keeps steps small: such gradients are mostly noise, we think.
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+
+        # The rollout, in numpy as environments speak it. A row more of values and dones is for what follows it.
+        obs = np.zeros((T, *envs.observation_space.shape), envs.observation_space.dtype)  # (T, N, ...)
+        actions = np.zeros((T, *envs.action_space.shape), envs.action_space.dtype)  # (T, N, ...)
+        logprobs, rewards = np.zeros((2, T, N), np.float32)
+        values, dones = np.zeros((2, T + 1, N), np.float32)
+        next_obs, next_done = envs.reset(seed=run.seed)[0], np.zeros(N, bool)
+        global_step, next_obs, next_done = run.start(agent, optimizer, next_obs, next_done)  # not 0 if it is resumed
+
+        for update in range(global_step // args.batch_size + 1, args.num_updates + 1):
+            # Detail 4: large steps while there is much to learn, ever smaller ones to settle on what was found: linear,
+            # from learning_rate in the first update to learning_rate / num_updates in the last. ([PPO] table 5)
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = (1 - (update - 1) / args.num_updates) * args.learning_rate
+            # Rollout
+            for step in range(T):
+                global_step += args.num_envs  # of all processes
+                obs[step], dones[step] = next_obs, next_done
+                with torch.inference_mode():
+                    action, logprob, _, value = agent.get_action_and_value(torch.from_numpy(next_obs).to(device))
+                actions[step], logprobs[step], values[step] = (x.cpu().numpy() for x in (action, logprob, value))
+                next_obs, rewards[step], terminations, truncations, infos = envs.step(actions[step])
+                next_done = terminations | truncations
+                if args.bootstrap_truncation:
+                    rewards[step] += args.gamma * value_cut_off(agent, envs, next_obs, terminations, truncations, infos)
+                run.log_episodes(infos, global_step)
+
+            # Advantages
+            with torch.inference_mode():
+                values[T], dones[T] = agent.get_value(torch.from_numpy(next_obs).to(device)).cpu().numpy(), next_done
+            advantages, returns = compute_advantages(rewards, values, dones, args.gamma, args.gae_lambda, args.gae)
+            # The batch: time and environments become one dimension, (T, N, ...) -> (T * N, ...)
+            b_obs, b_actions, b_logprobs, b_advantages, b_returns, b_values = (
+                torch.from_numpy(x).to(device).flatten(0, 1)
+                for x in (obs, actions, logprobs, advantages, returns, values[:T])
+            )
+            # Update, by all steps but those that only reset
+            b_inds = np.arange(T * N) if resets_in_same_step(envs) else np.flatnonzero(dones[:T] == 0)
+            clipfracs = []
+            for _ in range(args.update_epochs):
+                # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
+                # than one exact step, and each sample is used once per epoch. ([PPO] Algorithm 1; [baselines])
+                np.random.shuffle(b_inds)
+                for mb_inds in torch.from_numpy(b_inds).to(device).tensor_split(args.num_minibatches):
+                    _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
+                    mb_logprobs, mb_advantages = b_logprobs[mb_inds], b_advantages[mb_inds]
+                    mb_returns, mb_values = b_returns[mb_inds], b_values[mb_inds]
+                    loss, stats = ppo_loss(
+                        newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_returns, mb_values, args
+                    )
+                    clipfracs.append(stats["clipfrac"])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    run.average_gradients(agent)  # over the processes of torchrun, if there are several
+                    # Detail 11: a gradient, actor's and critic's together, longer than max_grad_norm is shortened to
+                    # it: Adam absorbs a constant scale, but an outlier bends many steps. ([baselines]; arXiv:1211.5063)
+                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                # Bonus: clipping only flattens the loss of samples beyond the range; the others, the entropy bonus and
+                # Adam's momentum still move the policy. If the KL (k3) of an epoch's last minibatch is over target_kl,
+                # the data are too old for another epoch. ([Huang]; OpenAI's Spinning Up looks at every step)
+                if args.target_kl is not None and run.mean(stats["approx_kl"]) > args.target_kl:
+                    break
+            # Debug variables are of the last minibatch; clipfrac is the mean of all. Explained variance is of the whole
+            # batch's returns by the rollout's critic, from which they are partly made. 1: right up to a constant; 0: no
+            # better than one, so advantages are noise; NaN: returns do not vary. Healthy: rises towards 1.
+            stats["clipfrac"] = torch.stack(clipfracs).mean()
+            y_pred, y_true = b_values[b_inds], b_returns[b_inds]
+            varies = y_true.std() > 1e-6 * (y_true.abs().max() + y_pred.abs().max())
+            stats["explained_variance"] = torch.where(varies, 1 - (y_true - y_pred).var() / y_true.var(), torch.nan)
+            run.log_update(update, optimizer, loss, stats, obs, rewards)
+            if run.save_or_stop(update, agent, optimizer, next_obs, next_done):
+                break
+    return agent
+
+
+# Part two: the run ----------------------------------------------------------------------------------------------------
+# What keeps a run alive and recorded, in the order in which it is needed: flags, environments, the run, checkpoints.
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = ["torch>=2.6,<3", "gymnasium[classic-control]>=1.4,<2", "numpy>=1.26,<3", "cloudpickle>=3,<4",
+#     "tensorboard>=2.18,<3", "wandb>=0.31,<1", "moviepy>=2.1,<3", "tqdm>=4.66,<5"]
+# ///
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def fail(message, exit_code=2):
@@ -52,494 +354,297 @@ def fail(message, exit_code=2):
     sys.exit(exit_code)
 
 
-def parse_args(argv=None):
-    """The checked flags, an argparse.Namespace, with batch_size and minibatch_size (in steps) and num_updates added."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = fail  # argparse's own prints the usage too, in which the one line that matters is lost
+def integer(text):  # 1e6 counts, too
+    if not float(text).is_integer():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text}")
+    return int(float(text))
 
-    def boolean(text):
-        return ("false", "true").index(text.lower()) == 1  # any other text: ValueError, which argparse reports
 
-    def add_bool(group, name, **kwargs):  # --name, --no-name, --name False and, as sweep tools write it, --name=false
-        group.add_argument(f"--{name}", type=boolean, nargs="?", const=True, metavar="BOOL", **kwargs)
-        group.add_argument(f"--no-{name}", dest=name.replace("-", "_"), action="store_false", help=argparse.SUPPRESS)
-
-    run, data, update = map(parser.add_argument_group, ("the run", "the data", "the update"))
-    run.add_argument("--exp-name", default=Path(__file__).stem, help="name of the experiment")
-    run.add_argument("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id; module:Id imports module first")
-    run.add_argument("--resume", metavar="FOLDER", help="go on with the run of this folder, runs/..., and its flags")
-    run.add_argument("--checkpoint-interval", type=int, default=10, help="updates between checkpoints; 0: none")
-    run.add_argument("--total-timesteps", type=int, default=25000, help="of all environments, in whole batches")
-    run.add_argument("--seed", type=int, default=1, help="of random, numpy, torch and the environments")
-    add_bool(run, "torch-deterministic", default=True, help="deterministic algorithms where torch has them")
-    add_bool(run, "cuda", default=True, help="use a GPU if there is one")
-    run.add_argument("--num-threads", type=int, default=1, help="torch CPU threads; 1: same numbers on any core count")
-    add_bool(run, "track", default=False, help="log to Weights & Biases too")
-    run.add_argument("--wandb-project-name", default="cleanrl", help="W&B project")
-    run.add_argument("--wandb-entity", default=None, help="W&B user or team; None is your own")
-    add_bool(run, "capture-video", default=False, help="record videos of the first environment to videos/<run_name>")
-    data.add_argument("--num-envs", type=int, default=4, help="N, environments that are stepped together")
-    modes = ("sync", "async", "vector_entry_point")  # Gymnasium's names
-    data.add_argument("--vectorization-mode", default="sync", choices=modes, help="in turn, in processes, as one batch")
-    data.add_argument("--num-steps", type=int, default=128, help="T, steps per environment and rollout")
-    add_bool(data, "gae", default=True, help="generalized advantage estimation; off: discounted returns minus values")
-    data.add_argument("--gamma", type=float, default=0.99, help="discount per step, 0 to 1")
-    data.add_argument("--gae-lambda", type=float, default=0.95, help="0: least noise, most bias; 1: the opposite")
-    add_bool(data, "bootstrap-truncation", default=False, help="value what a time limit cut off")
-    update.add_argument("--learning-rate", type=float, default=2.5e-4, help="Adam's step size")
-    add_bool(update, "anneal-lr", default=True, help="lower the learning rate linearly towards 0")
-    update.add_argument("--num-minibatches", type=int, default=4, help="equal parts that a batch is split into")
-    update.add_argument("--update-epochs", type=int, default=4, help="K, passes over each batch")
-    add_bool(update, "norm-adv", default=True, help="normalize the advantages of each minibatch")
-    update.add_argument("--clip-coef", type=float, default=0.2, help="no gain from a ratio beyond 1 +- this")
-    add_bool(update, "clip-vloss", default=True, help="clip the value loss too")
-    update.add_argument("--ent-coef", type=float, default=0.01, help="c2, weight of the entropy bonus")
-    update.add_argument("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
-    update.add_argument("--max-grad-norm", type=float, default=0.5, help="largest norm of all gradients together")
-    update.add_argument("--target-kl", type=float, default=None, help="end an update beyond this KL; 0.015 is usual")
+def check_args(parser, argv):
+    """Parse the flags, check them and add what follows from them: see parse_args. Exit code 2: one is wrong."""
+    parser.error = fail  # argparse prints the usage, too, in which the one line that matters is lost
+    # Other spellings: dashes or underscores; --gae=False or --gae False for --no-gae; None, where it is the default.
+    text = "\0".join(["", *(sys.argv[1:] if argv is None else argv), ""])
+    text = re.sub(r"\0--[^=\0]+", lambda flag: flag[0].replace("_", "-"), text)
+    text = re.sub(r"\0--[^=\0]+[=\0]None(?=\0)", "", text)
+    text = re.sub(r"\0--([^=\0]+)[=\0]false(?=\0)", r"\0--no-\1", text, flags=re.IGNORECASE)
+    argv = re.sub(r"(\0--[^=\0]+)[=\0]true(?=\0)", r"\1", text, flags=re.IGNORECASE).split("\0")[1:-1]
     args = parser.parse_args(argv)
-    args.world_size = int(os.environ.get("WORLD_SIZE", 1))  # the number of processes, which torchrun says
-    if args.resume is not None:  # that run's flags take the place of the defaults, and none may be given another value
-        saved = load_checkpoint(args.resume)["args"]
-        args = parser.parse_args(argv, argparse.Namespace(**saved | {"world_size": args.world_size}))
-        changed = {name: was for name, was in saved.items() if name != "resume" and getattr(args, name) != was}
-        if changed and (args.total_timesteps <= saved["total_timesteps"] or len(changed) > 1):
+    if args.resume:  # that run's flags take the place of the defaults, and none may be given another value
+        folder, checkpoint = load_checkpoint(args.resume)
+        saved = {name: value for name, value in checkpoint["args"].items() if name != "resume" and name in args}
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)
+        args.resume, changed = folder, {name: was for name, was in saved.items() if getattr(args, name) != was}
+        if changed and (list(changed) != ["total_timesteps"] or args.total_timesteps < saved["total_timesteps"]):
             fail(f"--resume keeps the flags of its run, of which only total_timesteps may grow. Before: {changed}")
         if changed and args.anneal_lr:
             print(f"note: annealed over {args.total_timesteps} steps now, the learning rate goes on higher than it was")
-    ranges = {"seed": (0, 2**32 - 1), "checkpoint_interval": (0, 2**53), "num_threads": (1, 1024)}
-    ranges |= {"gamma": (0, 1), "gae_lambda": (0, 1)}
+    ranges = {"seed": (0, 2**32 - 1), "num_threads": (1, 1024), "gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1, 2**53) if type(value) is int else (0, 1e30))  # float32 overflows at 3e38
         if type(value) in (int, float) and not low <= value <= high:  # not "value < low or ...": NaN must fail too
             fail(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
+    world_size = os.environ.get("WORLD_SIZE") or "1"  # some schedulers set it, or the rank alone
+    if world_size != "1" and not torch.distributed.is_torchelastic_launched():
+        fail(f"WORLD_SIZE={world_size} in the environment asks for several processes: use torchrun, or unset it")
+    args.world_size, args.rank = int(world_size), int(os.environ["RANK"]) if world_size != "1" else 0
+    args.local_num_envs = args.num_envs // args.world_size
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_updates = args.total_timesteps // args.batch_size
     batch = f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = {args.batch_size} steps"
-    smallest = 2 * args.world_size if args.norm_adv else 1  # the standard deviation of one number is NaN
-    if args.batch_size % args.num_minibatches or args.minibatch_size < smallest:
-        fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts of 2 steps or more")
     if args.num_envs % args.world_size:
         fail(f"--num-envs {args.num_envs} cannot be split evenly over the {args.world_size} processes of torchrun")
-    if args.capture_video and args.vectorization_mode == "vector_entry_point":
-        fail("--capture-video needs --vectorization-mode sync or async")
+    if args.batch_size % args.num_minibatches or args.minibatch_size < args.world_size * (1 + args.norm_adv):
+        fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts of 2 steps or more")
     if args.num_updates < 1:
         fail(f"--total-timesteps {args.total_timesteps} is less than {batch}")
     return args
 
 
-def make_env(env_id, seed, render_mode=None, video_folder=None, copy_obs=False):
-    """Return a function that makes one environment with flat observations, as vectorized environments want it. Episodes
-    0, 1, 8, 27, ... become mp4 files in ``video_folder``, if there is one. ValueError: a space is not supported."""
-
-    def thunk():
-        if multiprocessing.parent_process():  # Ctrl-C reaches workers too, but the main process must end them
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))  # not all accept this argument
-        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-            env = gym.wrappers.FlattenObservation(env)  # Discrete becomes one-hot, Dict and Tuple one long vector
-        if copy_obs:  # some environments write each one into the same array, but final_obs must outlive reset
-            env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
-        if video_folder is not None:
-            env = gym.wrappers.RecordVideo(env, video_folder, disable_logger=True)
-        env.action_space.seed(seed)
-        env.observation_space.seed(seed)
-        return env
-
-    return thunk
+def seed_generators(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
-def make_envs(args, mode, num_envs, seed, video_folder=None):
-    """``num_envs`` environments as one; sub-environment i has ``seed`` + i. ValueError: a space is not supported."""
-    first = {"render_mode": "rgb_array", "video_folder": video_folder} if args.capture_video else {}
-    options = [first] + [{}] * (num_envs - 1)
-    thunks = [make_env(args.env_id, seed + i, copy_obs=args.bootstrap_truncation, **o) for i, o in enumerate(options)]
-    if mode == "vector_entry_point":
-        envs = gym.make_vec(args.env_id, num_envs, vectorization_mode=mode)
-    else:  # SAME_STEP: the step that ends an episode also resets; obs[step + 1] is of the next episode
-        make = gym.vector.SyncVectorEnv if mode == "sync" else gym.vector.AsyncVectorEnv
-        envs = make(thunks, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    if mode == "async":
-        envs.step_wait = lambda timeout=60, wait=envs.step_wait: wait(timeout)  # seconds; no answer by then: it hangs
-    action_space, obs_space = envs.single_action_space, envs.single_observation_space
-    if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
-        raise ValueError(f"its action space is {action_space}, but only Discrete (from 0) is supported")
-    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
-        raise ValueError(f"its observation space {obs_space} has no fixed size, or is not flat in vector_entry_point")
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
-
-
-def layer_init(layer, gain=2**0.5, bias=0.0):
-    """Fill ``layer.weight`` with orthogonal rows (or columns) of length ``gain`` and ``layer.bias`` with a constant."""
-    # Detail 2: an orthogonal matrix stretches all directions alike, so that neither signals nor gradients vanish or
-    # explode in a fresh network. These gains are the original code's. (baselines; Saxe et al. 2014, arXiv:1312.6120)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.constant_(layer.bias, bias)
-    return layer
-
-
-class MLP(nn.ModuleList):
-    """in_features -> 64 -> tanh -> 64 -> tanh -> out_features; ``gain`` is that of the last layer."""
-
-    def __init__(self, in_features, out_features, gain):
-        hidden = [layer_init(nn.Linear(in_features, 64)), layer_init(nn.Linear(64, 64))]
-        super().__init__([*hidden, layer_init(nn.Linear(64, out_features), gain)])
-        self.weights = list(self.parameters())  # nn.Sequential, which calls modules, takes 1.3 to 1.8 times as long
-
-    def forward(self, x):
-        w1, b1, w2, b2, w3, b3 = self.weights
-        return F.linear(F.linear(F.linear(x, w1, b1).tanh(), w2, b2).tanh(), w3, b3)
-
-
-class Agent(nn.Module):
-    """Two networks: the critic estimates V(s), the expected discounted return; the actor gives pi(a|s) as logits."""
-
-    def __init__(self, obs_dim, num_actions):
-        super().__init__()
-        self.critic = MLP(obs_dim, 1, gain=1.0)
-        self.actor = MLP(obs_dim, num_actions, gain=0.01)  # all actions start about equally likely
-
-    def get_value(self, obs):
-        """obs: (..., obs_dim). Returns V(s): (...)."""
-        return self.critic(obs).squeeze(-1)
-
-    def get_action(self, obs):
-        """obs: (batch, obs_dim). Returns actions drawn from the policy and their log-probabilities: (batch,) each."""
-        logits = self.actor(obs).cpu()  # drawn there on every device: one generator to seed and to save
-        logprobs = logits - logits.logsumexp(-1, keepdim=True)  # log pi(.|s): (batch, num_actions)
-        probs = logprobs.softmax(-1)
-        # The argmax of p / Exp(1) is a draw from p: what torch.multinomial does, without its checks, 7 % of all time.
-        action = (probs / torch.empty_like(probs).exponential_(1)).argmax(-1)
-        return action, logprobs.gather(-1, action[:, None]).squeeze(-1)
-
-    def get_action_and_value(self, obs, action=None):
-        """Returns the action, drawn unless it is given, log pi(a|s), the policy's entropy in nats, V(s): (batch,)."""
-        logits = self.actor(obs)
-        logprobs = logits - logits.logsumexp(-1, keepdim=True)
-        if action is None:
-            action = torch.multinomial(logprobs.softmax(-1), 1).squeeze(-1)
-        logprob = logprobs.gather(-1, action[:, None]).squeeze(-1)  # first: the order decides how backward() rounds
-        entropy = -(logprobs * logprobs.softmax(-1)).sum(-1)
-        return action, logprob, entropy, self.get_value(obs)
-
-
-def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
-    """Advantages, how much better each action turned out than the critic expected, and returns, the critic's targets:
-    (num_steps, num_envs) each, as are the rewards. values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the
-    step before obs[t] ended an episode. values[-1] stands for what follows the rollout (bootstrapping)."""
-    continues = 1.0 - dones[1:]  # 0 where step t ended an episode: nothing that follows counts
-    if not gae:  # R_t = r_t + gamma * R_{t+1}; A_t = R_t - V(s_t): what lambda = 1 gives too, up to rounding
-        returns, next_return = np.zeros_like(rewards), values[-1]
-        for t in reversed(range(len(rewards))):
-            returns[t] = next_return = rewards[t] + gamma * continues[t] * next_return
-        return returns - values[:-1], returns
-    # Detail 5: the TD error delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) estimates A_t with little noise, but with the
-    # critic's bias. In the sum of all later ones, discounted by gamma, the V's in between cancel: no bias, much noise.
-    # gamma * lambda lies between: A_t = delta_t + gamma * lambda * A_{t+1}. ([GAE] equations 11 to 16)
-    deltas = rewards + gamma * values[1:] * continues - values[:-1]
-    advantages, next_advantage = np.zeros_like(rewards), 0
-    for t in reversed(range(len(rewards))):
-        advantages[t] = next_advantage = deltas[t] + gamma * gae_lambda * continues[t] * next_advantage
-    return advantages, advantages + values[:-1]
-
-
-def ppo_loss(newlogprob, entropy, newvalue, logprobs, advantages, returns, values, args):
-    """The loss of a minibatch, and a dict of what to log. Arguments: (minibatch_size,) each, except for args; names
-    with "new", and the entropy, are of the current agent, the others of the rollout."""
-    logratio = newlogprob - logprobs
-    ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
-    # Detail 7: with mean 0 and deviation 1 the scale of the rewards drops out of the policy loss, and about half of the
-    # actions are encouraged, half discouraged. (baselines)
-    if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    # Detail 8: the gradient of -A * ratio makes actions with A > 0 likelier, the others rarer. Where that has brought
-    # the ratio beyond 1 +- clip_coef, the clipped loss is flat and pushes no further. Taking the worse of the two still
-    # pulls back a ratio that went the other way. ([PPO] equation 7, there a min, as it is maximized)
-    clipped_ratio = torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
-    # Detail 9: to move a value beyond clip_coef (in units of return!) from the rollout's gains nothing. Not in the
-    # paper, and later found useless (arXiv:2005.12729) or harmful (arXiv:2006.05990). (baselines, as is the 0.5)
-    v_loss = (newvalue - returns) ** 2
-    if args.clip_vloss:
-        clipped_value = values + torch.clamp(newvalue - values, -args.clip_coef, args.clip_coef)
-        v_loss = torch.max(v_loss, (clipped_value - returns) ** 2)
-    v_loss = 0.5 * v_loss.mean()
-    # Detail 10: one loss, so one step, for both networks. Entropy is highest where all actions are equally likely; its
-    # bonus keeps the policy from settling before it has tried enough. ([PPO] equation 9; [A3C])
-    mean_entropy = entropy.mean()
-    loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
-    # Debug variables: two estimates of KL(pi_old || pi_new) in nats (k1 and k3, less noisy and never negative, of
-    # joschu.net/blog/kl-approx.html), and the fraction of samples whose ratio left the clip range.
-    stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": mean_entropy}
-    with torch.no_grad():
-        stats |= {"old_approx_kl": (-logratio).mean(), "approx_kl": (ratio - 1 - logratio).mean()}
-        stats["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    return loss, stats
-
-
-def train(args, stop_signals=()):
-    """Train an agent and return it; print episodes, log to runs/<run_name>. ``stop_signals``, once not empty, stops it
-    after the update. Exit code 2: the environment or W&B cannot be used (runs/ is untouched); 1: the run broke."""
-    rank = int(os.environ.get("RANK", 0))  # which process of torchrun this is: the first one, 0, alone writes anything
-    if rank > 0:
-        args.track, args.capture_video, sys.stdout = False, False, open(os.devnull, "w")
-    # What can be wrong with the environment or the account should show before anything is written to runs/.
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # its greeting does not belong on standard output
-    mode, T, N = args.vectorization_mode, args.num_steps, args.num_envs // args.world_size  # N: those of this process
-    seed = args.seed + rank * N
+def worker(seed, index, *connection):
+    """A process of AsyncVectorEnv, with generators of its own, else all draw the same; signals are left to the main."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    seed_generators(seed + index)
     try:
-        probe = make_envs(args, "sync" if mode == "async" else mode, 1, seed)
-        probe.reset(seed=seed)
-        if args.capture_video and not isinstance(probe.render()[0], np.ndarray):
-            raise ValueError("it does not render images")
-        spec = getattr(probe.unwrapped, "envs", [probe.unwrapped])[0].spec
-        probe.close()
-    except Exception as error:  # environments raise anything; their users need the reason, not our traceback
-        hint = " Do --vectorization-mode sync and async work?" * (mode == "vector_entry_point")
-        fail(f"--env-id {args.env_id}{' --capture-video' * args.capture_video}: {str(error) or repr(error)}{hint}")
-    saved = None if args.resume is None else load_checkpoint(args.resume)
-    last_update, global_step, wandb_id = saved["progress"] if saved else (0, 0, None)
-    if args.track:
-        import wandb  # takes a second, so only when it is asked for
+        _async_worker(index, *connection)
+    except Exception as error:  # what happens in steps is reported; so the environment could not be made
+        fail(f"sub-environment {index}: {error!r}")
 
-        options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": vars(args)}
-        options |= {"sync_tensorboard": True, "save_code": True, "id": wandb_id, "resume": "allow"}
-        try:  # wandb must see the SummaryWriter being made
-            wandb_id = wandb.init(**options).id
-        except wandb.errors.CommError as error:
-            print(f"note: W&B cannot be reached and logs to the disk, for wandb sync later: {error}")
-            wandb_id = wandb.init(**options, mode="offline").id
-        except Exception as error:
-            fail(f"--track: {error} (Or set WANDB_MODE=offline to do without an account.)")
-    folder = Path("runs" if args.resume is None else args.resume)
-    folder.mkdir(exist_ok=True)
-    for second in range(int(time.time()), 0 if saved or rank > 0 else 2**63):  # the first one that no run has taken
-        folder = Path("runs", re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{second}"))
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            break
-    run_name = folder.resolve().name
-    video_folder = Path("videos", run_name, f"from-step-{global_step}" if saved else "")
-    if args.track:
-        wandb.run.name = run_name
-    facts = {name: getattr(probe, f"single_{name}") for name in ("observation_space", "action_space")}
-    for name, value in (vars(args) | facts | {"max_episode_steps": spec and spec.max_episode_steps}).items():
-        print(f"{name}={' '.join(str(value).split())}")
-    purge_step = global_step + 1 if saved else None  # hides what a resumed run does again
-    writer = SummaryWriter(folder, purge_step=purge_step) if rank == 0 else Mock(add_scalar=lambda *args: None)
-    writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
 
-    # Seeds: from here on, only the algorithm draws from these generators.
-    random.seed(args.seed + rank)
-    np.random.seed((args.seed + rank) % 2**32)
-    torch.manual_seed(args.seed + rank)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA's matrix products need to be deterministic
-    torch.set_deterministic_debug_mode("warn" if args.torch_deterministic else "default")
-    torch.set_num_threads(args.num_threads)
-    use_cuda = torch.cuda.is_available() and args.cuda
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
-    if args.world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+class Run:
+    """``with Run(args) as run``: makes the environments, logs, saves, stops in good order. Exit code 2: the environment
+    or W&B cannot be used, nothing was written; 1: the run broke; 128 + its number: a signal stopped it."""
 
-    # Detail 1: N environments are stepped together: one forward pass serves them all, and a batch holds N independent
-    # stretches of play, less alike than one long stretch. ([A3C]; [PPO] Algorithm 1: N actors)
-    envs = make_envs(args, mode, N, seed, video_folder)
-    # In NEXT_STEP mode the step that ends an episode gives its last observation; the next step, of any action, resets.
-    next_step = envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.SAME_STEP
-    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n).to(device)
-    # Detail 3: eps 1e-5, not PyTorch's 1e-8, keeps steps small where gradients are tiny, mostly noise. (baselines)
-    # adam is what torch.optim.Adam calls; an object of that class takes a second of imports. The agent's parameters and
-    # gradients become views of two long vectors: updates take a fifth less time.
-    fixed = {"eps": 1e-5, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0, "amsgrad": False, "maximize": False}
-    params = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(params, agent.parameters())
-    params.grad, exp_avg, exp_avg_sq = torch.zeros((3, len(params)), device=device)
-    adam_steps, grads = torch.tensor(0.0), params.grad.split([p.numel() for p in agent.parameters()])
-    for p, grad in zip(agent.parameters(), grads, strict=True):
-        p.grad = grad.view_as(p)
-    if dist.is_initialized():
-        dist.broadcast(params, 0)  # all processes start from the same parameters
-    # obs[t + 1], dones[t + 1] follow from actions[t]: (num_steps + 1, num_envs, ...); the rest: (num_steps, num_envs)
-    obs, dones = np.zeros((T + 1, *envs.observation_space.shape), np.float32), np.zeros((T + 1, N), np.float32)
-    logprobs, rewards = np.zeros((2, T, N), np.float32)
-    actions = np.zeros((T, N), np.int64)
-    if saved:
-        agent.load_state_dict(saved["agent"])
-        exp_avg[:], exp_avg_sq[:], adam_steps[...] = saved["adam"]
-    if saved and (thawed := thaw(saved["processes"][rank])):
-        envs, obs[-1], dones[-1] = thawed
-    else:
-        obs[-1], _ = envs.reset(seed=seed + global_step)  # + ...: a resumed run plays new ones
-    start_step, start_time, logged_videos = global_step, time.perf_counter(), set()
-    hidden = rank > 0 or None  # None: unless standard error is a terminal
-    bar = tqdm(total=args.num_updates * args.batch_size, initial=global_step, unit="step", disable=hidden)
-    try:
-        for update in range(last_update + 1, args.num_updates + 1):
-            # Detail 4: large steps while there is much to learn, ever smaller ones to settle on what was found: linear
-            # from learning_rate in the first update to learning_rate / num_updates in the last. ([PPO] table 5)
-            learning_rate = args.learning_rate * (1 - (update - 1) / args.num_updates if args.anneal_lr else 1)
+    def __init__(self, args):
+        self.args, self.stop_signal, self.returns, self.logged_videos = args, None, [], set()
+        self.handlers = contextlib.ExitStack()
+        self.envs = self.folder = self.writer = self.bar = self.wandb = None
+        self.say = tqdm.write if args.rank == 0 else str  # print, but without tearing the progress bar; or nothing
+        self.checkpoint = load_checkpoint(args.resume)[1] if args.resume else {"update": 0, "wandb_id": None}
+        self.first_step = self.global_step = self.checkpoint["update"] * args.batch_size
+        self.seed = args.seed + args.rank * args.local_num_envs + self.first_step  # a resumed run plays new episodes
+        if args.rank == 0:
+            self.folder = Path(args.resume) if args.resume else new_folder(args)
+            resumed = f"from-step-{self.first_step}__{int(time.time())}" if args.resume else ""
+            self.video_folder = Path("videos", self.folder.resolve().name, resumed)
+        use_cuda = args.cuda and torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
 
-            # Rollout
-            obs[0], dones[0] = obs[-1], dones[-1]  # start where the last rollout stopped, the first one at the reset
-            for step in range(args.num_steps):
-                global_step += args.num_envs
-                with torch.inference_mode():
-                    action, logprob = agent.get_action(torch.as_tensor(obs[step], device=device))
-                actions[step], logprobs[step] = action.numpy(), logprob.numpy()
-                try:
-                    obs[step + 1], rewards[step], terminations, truncations, infos = envs.step(actions[step])
-                except Exception as error:
-                    fail(f"{args.env_id}{broken_workers(envs, error)} broke in global_step {global_step}: {error!r}", 1)
-                dones[step + 1] = terminations | truncations
+    def __enter__(self):
+        for number in STOP_SIGNALS:
+            with contextlib.suppress(ValueError):  # Python allows it in the main thread alone
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup, for one, asks to ignore
+                    self.handlers.callback(signal.signal, number, signal.signal(number, self.stop))  # puts the old back
+        seed_generators(self.args.seed + self.args.rank)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
+        torch.use_deterministic_algorithms(self.args.torch_deterministic, warn_only=True)
+        torch.set_num_threads(self.args.num_threads)
+        os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # its greeting does not belong on standard output
+        return self
 
-                # By default a time limit ends an episode as a termination does: nothing follows. In truth it would have
-                # gone on: --bootstrap-truncation adds the lost gamma * V(final observation) to the reward. ([Pardo])
-                cut = np.flatnonzero(truncations & ~terminations)
-                if args.bootstrap_truncation and len(cut):
-                    final_obs = obs[step + 1][cut] if next_step else np.stack(infos["final_obs"][cut])
-                    final_obs = torch.as_tensor(final_obs, dtype=torch.float32, device=device)
-                    rewards[step, cut] += args.gamma * agent.get_value(final_obs).numpy(force=True)
-                if "episode" in infos:
-                    finished = infos["_episode"]  # a mask: (num_envs,); below, one entry for each finished episode
-                    episode_returns, lengths = infos["episode"]["r"][finished], infos["episode"]["l"][finished]
-                    for r, length in zip(episode_returns, lengths, strict=True):
-                        bar.write(f"global_step={global_step}, episodic_return={r}, episodic_length={length}")
-                    # Episodes that end in the same step share one point, their mean.
-                    writer.add_scalar("charts/episodic_return", episode_returns.mean(), global_step)
-                    writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
+    def stop(self, number, frame):
+        self.stop_signal = number
+        self.handlers.close()  # a second signal stops at once
 
-            # Advantages. Values were not needed to act: one call gives all of them, (num_steps + 1, num_envs).
-            values = agent.get_value(torch.as_tensor(obs, device=device)).numpy(force=True)
-            advantages, returns = compute_advantages(rewards, values, dones, args.gamma, args.gae_lambda, args.gae)
-            # The batch: time and environments become one dimension. (batch_size, obs_dim), then (batch_size,) each
-            batch = (obs[:-1], actions, logprobs, advantages, returns, values[:-1])
-            batch = [torch.as_tensor(x.reshape(T * N, *x.shape[2:]), device=device) for x in batch]
-            # Update
-            b_inds, clipfracs = np.arange(T * N), []
-            if (
-                next_step
-            ):  # steps that only reset teach nothing; some others repeat, if too few are left to fill minibatches
-                b_inds = np.flatnonzero(dones[:-1] == 0)
-                b_inds = np.resize(b_inds, max(len(b_inds), 2 * args.num_minibatches))
-            for _ in range(args.update_epochs):
-                # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
-                # than one on the whole batch, and each sample is used once per epoch. ([PPO] Algorithm 1; baselines)
-                np.random.shuffle(b_inds)
-                minibatches = zip(*(x[b_inds].tensor_split(args.num_minibatches) for x in batch), strict=True)
-                for mb_obs, mb_actions, *mb_rest in minibatches:  # mb_rest: in the order of ppo_loss
-                    _, newlogprob, entropy, newvalue = agent.get_action_and_value(mb_obs, mb_actions)
-                    loss, stats = ppo_loss(newlogprob, entropy, newvalue, *mb_rest, args)
-                    clipfracs.append(stats["clipfrac"].item())
-                    params.grad.zero_()
-                    loss.backward()
-                    mean_over_ranks(params.grad)
-                    # Detail 11: if the gradient of all parameters, actor's and critic's together, is longer than this,
-                    # it is shortened to it: one odd minibatch cannot wreck the policy. (baselines; arXiv:1211.5063)
-                    grad_norm = nn.utils.get_total_norm(grads)
-                    params.grad *= torch.clamp(args.max_grad_norm / (grad_norm + 1e-6), max=1.0)
-                    adam([params], [params.grad], [exp_avg], [exp_avg_sq], [], [adam_steps], lr=learning_rate, **fixed)
-                # Bonus: clipping does not bound how far many steps lead. If the last minibatch's KL is over target_kl,
-                # these data are too old for another epoch. (OpenAI Spinning Up, at every step; [Huang] as here)
-                if args.target_kl is not None and mean_over_ranks(stats["approx_kl"]) > args.target_kl:
-                    break
-            if not all(x.isfinite().all() for x in (loss, grad_norm, params)):
-                fail(f"update {update} (step {global_step}) diverged: lower --learning-rate, or look at the rewards", 1)
-            if dist.is_initialized() and len(set(gather_from_ranks(params.cpu().numpy().tobytes()))) > 1:
-                fail(f"update {update}: the parameters of the processes differ", 1)
-            # Logging: stats are those of the last minibatch, except for clipfrac, the mean of all. Explained variance
-            # is 1 for a critic right up to a constant, 0 for one no better than a constant, below 0 for a worse one.
-            stats["clipfrac"] = np.mean(clipfracs)
-            b_returns, b_values = returns.flat[b_inds], values.flat[b_inds]
-            stats["explained_variance"] = 1 - (b_returns - b_values).var() / (b_returns.var() + 1e-8)
-            sps = int((global_step - start_step) / (time.perf_counter() - start_time))
-            scalars = {f"losses/{name}": value for name, value in stats.items()}
-            for name, value in {"charts/SPS": sps, "charts/learning_rate": learning_rate, **scalars}.items():
-                writer.add_scalar(name, value, global_step)
-            bar.set_postfix(SPS=sps, mean_return=np.mean(envs.return_queue or [np.nan]), refresh=False)
-            bar.update(args.batch_size)
-            sys.stdout.flush()  # redirected output is complete up to this update
-            if args.track and args.capture_video:  # wandb's own monitor_gym breaks with Gymnasium 1.0 and later
-                for path in sorted(set(video_folder.glob("*.mp4")) - logged_videos):
-                    wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": global_step})
-                    logged_videos.add(path)
-            last = update == args.num_updates or mean_over_ranks(torch.tensor(float(bool(stop_signals)))) > 0
-            if args.checkpoint_interval and (last or update % args.checkpoint_interval == 0):
-                writer.flush()  # what is in TensorBoard is never behind the checkpoint
-                state = {"agent": agent.state_dict(), "adam": (exp_avg, exp_avg_sq, adam_steps), "args": vars(args)}
-                state |= {"progress": (update, global_step, wandb_id)}
-                state |= {"processes": gather_from_ranks(freeze(envs, obs[-1], dones[-1]))}
-                if rank == 0:
-                    save_checkpoint(folder, state)
-            if last:
-                break
-    finally:
-        failed = sys.exc_info()[0] is not None
-        bar.close()
-        writer.close()
-        with contextlib.suppress(Exception) if failed else contextlib.nullcontext():  # one error is enough
-            if failed and mode == "async":  # do not wait for workers that are dead or hang
-                envs.unwrapped.step_wait = Mock(side_effect=multiprocessing.TimeoutError)
-                envs.close(terminate=True)
-            envs.close()  # finishes a video, too
+    def make(self, make_envs):
+        args = self.args
+        video = {"video_folder": self.video_folder} if args.capture_video and args.rank == 0 else None
+        self.envs = make_envs(args, args.local_num_envs, self.seed, video)
+        usable = args.num_steps if resets_in_same_step(self.envs) else args.num_steps // 2  # the others may only reset
+        if usable * args.num_envs < 2 * args.num_minibatches * args.world_size:
+            fail(f"--num-steps {args.num_steps}: the steps that only reset may leave too few for --num-minibatches")
+        return self.envs
+
+    def start(self, agent, optimizer, next_obs, next_done):
+        """Open the logs; go on as the checkpoint says, if there is one. Returns global_step, next_obs and next_done."""
+        args = self.args
+        if args.rank == 0:
+            self.open_logs()
+        if args.world_size > 1:
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            for parameter in agent.parameters():  # all processes start from the same ones
+                torch.distributed.broadcast(parameter.data, 0)
+        if args.resume:
+            agent.load_state_dict(self.checkpoint["agent"])
+            optimizer.load_state_dict(self.checkpoint["optimizer"])
+            generators, envs = (x.numpy().tobytes() for x in self.checkpoint["processes"][args.rank])
+            generators = cloudpickle.loads(generators)
+            random.setstate(generators["random"])
+            np.random.set_state(generators["numpy"])
+            torch.set_rng_state(generators["torch"])
+            torch.cuda.set_rng_state_all(generators["cuda"])
+            try:
+                envs, next_obs, next_done = cloudpickle.loads(envs)
+                self.envs.__dict__.update(envs.__dict__)  # in place, as the agent may refer to them
+            except Exception:
+                self.say("note: these environments could not be saved or restored, so new episodes start")
+        steps = {"total": args.num_updates * args.batch_size, "initial": self.first_step}
+        self.bar = tqdm(**steps, unit="step", disable=args.rank > 0 or not sys.stderr.isatty())
+        self.start_time = self.saved_time = time.perf_counter()
+        return self.first_step, next_obs, next_done
+
+    def open_logs(self):
+        args, spaces = self.args, {x: getattr(self.envs, f"single_{x}") for x in ("observation_space", "action_space")}
+        facts = {name: " ".join(str(value).split()) for name, value in (vars(args) | spaces).items()}
         if args.track:
-            wandb.finish(exit_code=int(failed))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if stop_signals:
-        how = f"to go on: python ppo.py --resume {folder}" if args.checkpoint_interval else "there is no checkpoint"
-        print(f"stopped at step {global_step} of {args.total_timesteps}; {how}")
-    print(f"results: {folder}" + f" and {video_folder}" * args.capture_video)
-    return agent
+            import wandb  # takes a second, so only when it is asked for
+
+            self.wandb, options = wandb, {"project": args.wandb_project_name, "entity": args.wandb_entity}
+            options |= {"name": self.folder.resolve().name, "id": self.checkpoint["wandb_id"], "resume": "allow"}
+            options |= {"config": vars(args), "save_code": True, "sync_tensorboard": True}
+            try:  # before the SummaryWriter is made, for wandb to see that
+                wandb.init(**options)
+            except wandb.errors.CommError as error:
+                self.say(f"note: W&B cannot be reached and logs to the disk, for wandb sync later: {error}")
+                wandb.init(**options, mode="offline")
+            except Exception as error:
+                fail(f"--track: {error} (Or set WANDB_MODE=offline to do without an account.)")
+        self.writer = SummaryWriter(self.folder, purge_step=self.first_step + 1)  # hides what is done again
+        table = "\n".join(f"|{name}|{value}|" for name, value in facts.items())
+        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
+        for name, value in facts.items():
+            self.say(f"{name}={value}")
+
+    def log(self, scalars):
+        for tag, value in scalars.items() if self.writer else []:
+            self.writer.add_scalar(tag, value, self.global_step)
+
+    def log_episodes(self, infos, global_step):
+        """Print each finished episode; TensorBoard gets one point for those that end in the same step, their mean."""
+        self.global_step = global_step
+        if "episode_statistics" in infos:
+            finished = infos["_episode_statistics"]  # a mask: (num_envs,); below, one entry for each finished episode
+            returns, lengths = (infos["episode_statistics"][key][finished] for key in "rl")
+            for r, length in zip(returns, lengths, strict=True):
+                self.say(f"global_step={global_step}, episodic_return={r}, episodic_length={length}")
+            self.returns = [*self.returns, *returns][-100:]
+            self.log({"charts/episodic_return": returns.mean(), "charts/episodic_length": lengths.mean()})
+
+    def log_update(self, update, optimizer, loss, stats, obs, rewards):
+        """Log stats, averaged over the processes of torchrun. Exit code 1: something is not finite any more."""
+        for name, x in (("an observation", obs), ("a reward", rewards)):
+            if not np.isfinite(x).all():
+                fail(f"{self.args.env_id} gave {name} that is not finite, by global_step {self.global_step}", 1)
+        if not all(x.isfinite().all() for x in (loss, *optimizer.param_groups[0]["params"])):
+            fail(f"update {update} (step {self.global_step}) diverged: lower --learning-rate, or scale the rewards", 1)
+        sps = int((self.global_step - self.first_step) / (time.perf_counter() - self.start_time))
+        means = self.mean([value.item() for value in stats.values()])
+        self.log({f"losses/{name}": value for name, value in zip(stats, means, strict=True)})
+        self.log({"charts/SPS": sps, "charts/learning_rate": optimizer.param_groups[0]["lr"]})
+        self.bar.set_postfix(SPS=sps, mean_return=np.mean(self.returns or [np.nan]), refresh=False)
+        self.bar.update(self.args.batch_size)
+        sys.stdout.flush()  # redirected output is complete up to this update
+        if self.wandb and self.args.capture_video:  # wandb's own monitor_gym breaks with Gymnasium 1.0 and later
+            for path in sorted(set(self.video_folder.glob("*.mp4")) - self.logged_videos):
+                self.wandb.log({"video": self.wandb.Video(str(path), format="mp4"), "global_step": self.global_step})
+                self.logged_videos.add(path)
+
+    def average_gradients(self, agent):
+        for parameter in agent.parameters() if self.args.world_size > 1 else []:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= self.args.world_size
+
+    def mean(self, x):
+        """x, a number or a list of numbers, averaged over the processes of torchrun: a float64 array."""
+        x = torch.as_tensor(x, dtype=torch.float64).cpu()
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(x)
+        return x.numpy() / self.args.world_size
+
+    def save_or_stop(self, update, agent, optimizer, next_obs, next_done):
+        """Save when it is time to. Returns whether to end now. All processes of torchrun do so in the same update."""
+        args, due = self.args, time.perf_counter() - self.saved_time >= self.args.checkpoint_interval
+        stop, due = self.mean([bool(self.stop_signal), due]) > 0
+        if args.checkpoint_interval and (due or stop or update == args.num_updates):
+            generators = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+            generators["cuda"] = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+            envs = b""  # where they stand now; simulators written in C, windows and processes cannot be pickled
+            if not args.capture_video:  # nor should a video's frames
+                with contextlib.suppress(Exception):
+                    envs = cloudpickle.dumps((self.envs, next_obs, next_done))  # pickle refuses functions in wrappers
+            if b"_ezpickle_args" in envs:  # Gymnasium's EzPickle saves how one was made, not where it stands
+                envs = b""
+            process = [torch.tensor(np.frombuffer(x, np.uint8)) for x in (cloudpickle.dumps(generators), envs)]
+            processes = [process] * args.world_size
+            if args.world_size > 1:
+                torch.distributed.all_gather_object(processes, process)
+            if args.rank == 0:
+                program = Path(getattr(sys.modules[type(agent).__module__], "__file__", "ppo.py")).stem
+                checkpoint = {"args": vars(args), "program": program, "update": update, "processes": processes}
+                checkpoint |= {"wandb_id": self.wandb and self.wandb.run.id}
+                checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+                self.writer.flush()  # what is in TensorBoard is never behind the checkpoint
+                save_checkpoint(self.folder, checkpoint)
+            self.saved_time = time.perf_counter()
+        return stop
+
+    def __exit__(self, kind, error, traceback):
+        """Close all that was opened, and say where the results are. After a stop signal: exit code 128 + its number."""
+        for process in multiprocessing.active_children() if error else []:
+            if process.name.startswith("Worker<"):  # Gymnasium's; they may hang, so they are not asked to end
+                process.kill()
+        for opened in (self.bar, self.writer, self.envs) if self.writer else ():  # the last one finishes a video, too
+            try:
+                opened.close()
+            except Exception as error_in_closing:
+                error = error or error_in_closing  # one is enough
+        self.handlers.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=int(error is not None))
+        if self.folder and not self.writer:  # nothing stays of a run that could not begin
+            for path in (self.video_folder, self.video_folder.parent, "videos", self.folder, "runs"):
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    os.rmdir(path)
+        if error:
+            explain(error, self.args, self.global_step, began=self.writer is not None)
+            raise error
+        if self.args.world_size > 1:
+            torch.distributed.destroy_process_group()
+        if not self.returns:
+            self.say("note: not one episode ended, so there is no return to show")
+        if self.stop_signal:
+            how = f"the same command with --resume {self.folder}" if self.args.checkpoint_interval else "no checkpoint"
+            self.say(f"stopped at step {self.global_step} of {self.args.total_timesteps}; to go on: {how}")
+        self.say(f"results: {self.folder}" + (f" and {self.video_folder}" if self.args.capture_video else ""))
+        if self.stop_signal:
+            sys.exit(128 + self.stop_signal)  # the exit code that shells give to a death by this signal
 
 
-def broken_workers(envs, error):
-    """Which workers of an AsyncVectorEnv raised, died or, if the time is out, have not answered, as text."""
-    workers = zip(getattr(envs.unwrapped, "processes", ()), getattr(envs.unwrapped, "parent_pipes", ()), strict=True)
-    late = isinstance(error, multiprocessing.TimeoutError)
-    time.sleep(1)  # until then a process that has just died may seem alive
-    broken = [i for i, (p, pipe) in enumerate(workers) if not pipe or not p.is_alive() or late and not pipe.poll()]
-    return f", sub-environment {broken}," * bool(broken)
+def explain(error, args, global_step, began):
+    """Environments raise anything: if the error came from them, fail with one line that says when and why, instead of a
+    traceback of ours. Exit code 2: the run could not begin; 1: it broke later."""
+    frames = extract_tb(error.__traceback__)
+    from_environment = any("gymnasium" in x.filename for x in frames) or isinstance(error, ValueError) and not began
+    if isinstance(error, KeyboardInterrupt) or frames[-1].name == "fail" or not from_environment:
+        return
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, (EOFError, ConnectionError)):
+        reason = "a process of its own died"
+    elif isinstance(error, ModuleNotFoundError):
+        reason += f" (searched: {sys.path[0] or os.getcwd()}, the folders of PYTHONPATH, installed packages)"
+    flags = f"--vectorization-mode {args.vectorization_mode}, --capture-video {args.capture_video}"
+    when = f"broke in global_step {global_step + args.num_envs}" if began else "cannot be used"
+    fail(f"--env-id {args.env_id} ({flags}) {when}: {reason}", 1 if began else 2)
 
 
-def mean_over_ranks(x):
-    """Average the tensor, in place, over the processes of torchrun."""
-    if dist.is_initialized():
-        dist.all_reduce(x.div_(dist.get_world_size()))
-    return x
-
-
-def gather_from_ranks(x):
-    """The x of each process of torchrun."""
-    xs = [x]
-    if dist.is_initialized():
-        dist.all_gather_object(xs := xs * dist.get_world_size(), x)
-    return xs
-
-
-def freeze(*environments):
-    """What this process needs to go on to the bit: its random number generators, and the environments, pickled."""
-    try:
-        frozen = cloudpickle.dumps(environments)  # pickle alone refuses the functions in some wrappers
-    except Exception:  # simulators written in C, windows and other processes cannot be pickled
-        frozen = b""
-    # Gymnasium's EzPickle only seems to work: it saves how an environment was made, not where it stands.
-    frozen = torch.tensor(np.frombuffer(b"" if b"_ezpickle_args" in frozen else frozen, np.uint8))
-    name, keys, *rest = np.random.get_state()
-    generators = {"random": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
-    return generators | {"envs": frozen}
-
-
-def thaw(frozen):
-    """Set the generators as ``freeze`` found them and return its environments, or None where it could not save them."""
-    random.setstate(frozen["random"])
-    np.random.set_state(frozen["numpy"])
-    torch.set_rng_state(frozen["torch"])
-    try:
-        return pickle.loads(frozen["envs"].numpy().tobytes())  # this could run a stranger's code: see README
-    except Exception:
-        print("note: these environments could not be saved or restored, so new episodes start")
+def new_folder(args):
+    """A folder in runs/; its name ends in the first second, from now on, that no other run has taken."""
+    name, second = re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"), int(time.time())
+    Path("runs").mkdir(exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            Path("runs", f"{name}__{second}").mkdir()
+            return Path("runs", f"{name}__{second}")
+        second += 1
 
 
 def save_checkpoint(folder, checkpoint):
@@ -556,35 +661,29 @@ def save_checkpoint(folder, checkpoint):
 
 
 def load_checkpoint(folder):
-    """Read what save_checkpoint wrote, without running code that a stranger may have put there. Exit code 2: cannot."""
+    """The folder and what save_checkpoint wrote to it, read without running code that a stranger may have put there; of
+    the newest one, where a pattern fits several. Exit code 2: it cannot be read."""
+    pattern = os.path.join(folder.removesuffix("checkpoint.pt"), "checkpoint.pt")
+    path = max(glob.glob(pattern), key=os.path.getmtime, default=pattern)
     try:
-        checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        _, (_, _, _) = checkpoint["args"]["env_id"], checkpoint["progress"]
-        return {key: checkpoint[key] for key in "args agent adam progress processes".split()}
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["args"]["env_id"]
+        keys = "args program update wandb_id agent optimizer processes"
+        return os.path.dirname(path), {key: checkpoint[key] for key in keys.split()}
     except Exception as error:  # a file can be wrong in many ways
-        damaged = f"{folder}/checkpoint.pt is not a whole checkpoint of ppo.py: {type(error).__name__}"
+        damaged = f"{path} is not a whole checkpoint of ppo.py: {type(error).__name__}"
         fail(error if getattr(error, "filename", None) else damaged)
 
 
-def main(argv=None):
+def main(argv=None, make_envs=make_envs, Agent=Agent, **defaults):
+    """Train as the flags say; a variant gives its own environments, agent and defaults of the flags."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed
-    args, stop_signals = parse_args(argv), []
-
-    def stop(number, frame):  # after this update; a second signal finds the default handlers and stops at once
-        stop_signals.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    # TensorBoard writes in a thread: what goes wrong there add_scalar raises, too, so it need not be printed twice.
-    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    args = parse_args(argv, **defaults)
     try:
-        train(args, stop_signals)
+        return train(args, make_envs, Agent)
     except (OSError, MemoryError, UnicodeError) as error:  # such as a full disk, or a batch of a billion steps
         fail(str(error) or repr(error), 2 if isinstance(error, UnicodeError) else 1)
-    if stop_signals:
-        sys.exit(128 + stop_signals[0])  # the exit code that shells give to a death by this signal
 
 
 if __name__ == "__main__":

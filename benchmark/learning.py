@@ -12,6 +12,7 @@ those of all seeds. The tables are results/learning.md and ablations.md; --table
 
 import argparse
 import contextlib
+import gc
 import gzip
 import io
 import json
@@ -28,6 +29,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import ppo
@@ -39,27 +41,27 @@ WINDOWS = 50  # points of a learning curve: each covers 2 % of a run's steps
 def loss_without_policy_clipping(*minibatch_and_args, ppo_loss=ppo.ppo_loss):
     """ppo_loss, but its policy loss is that of a clip range that nothing leaves; --clip-coef still clips the values."""
     *minibatch, args = minibatch_and_args
-    _, stats = ppo_loss(*minibatch, args)
-    _, unclipped = ppo_loss(*minibatch, argparse.Namespace(**vars(args) | {"clip_coef": 1e30}))
-    stats["policy_loss"] = unclipped["policy_loss"]  # these three still carry their gradients
-    loss = stats["policy_loss"] - args.ent_coef * stats["entropy"] + args.vf_coef * stats["value_loss"]
-    return loss, stats
+    policy_alone = argparse.Namespace(**vars(args) | {"clip_coef": 1e30, "ent_coef": 0, "vf_coef": 0})
+    policy_loss, policy_stats = ppo_loss(*minibatch, policy_alone)
+    minibatch[4] = torch.zeros_like(minibatch[4])  # without advantages all but the policy loss is left
+    rest, stats = ppo_loss(*minibatch, argparse.Namespace(**vars(args) | {"norm_adv": False}))
+    return policy_loss + rest, stats | {"policy_loss": policy_stats["policy_loss"]}
 
 
-def adam_with_eps_1e_minus_8(*state, adam=ppo.adam, **options):
-    adam(*state, **options | {"eps": 1e-8})
+def adam_with_eps_1e_minus_8(params, adam=torch.optim.Adam, **options):
+    return adam(params, **options | {"eps": 1e-8})
 
 
-VARIANTS = {  # name: (label, flags, what replaces functions of ppo.py where there is no flag)
+VARIANTS = {  # name: (label, flags, what takes the place of which function where there is no flag)
     "default": ("default", "", {}),
     "no_vectorization": ("1 one environment, 512 steps", "--num-envs 1 --num-steps 512", {}),
-    "torch_init": ("2 PyTorch's initialization", "", {"layer_init": lambda layer, *gain_and_bias: layer}),
-    "adam_eps_1e-8": ("3 Adam's epsilon 1e-8", "", {"adam": adam_with_eps_1e_minus_8}),
+    "torch_init": ("2 PyTorch's initialization", "", {"ppo.layer_init": lambda layer, *args, **options: layer}),
+    "adam_eps_1e-8": ("3 Adam's epsilon 1e-8", "", {"torch.optim.Adam": adam_with_eps_1e_minus_8}),
     "no_anneal_lr": ("4 constant learning rate", "--no-anneal-lr", {}),
     "no_gae": ("5 no GAE", "--no-gae", {}),
     "one_minibatch": ("6 one minibatch", "--num-minibatches 1", {}),
     "no_norm_adv": ("7 no advantage normalization", "--no-norm-adv", {}),
-    "no_policy_clipping": ("8 no policy clipping", "", {"ppo_loss": loss_without_policy_clipping}),
+    "no_policy_clipping": ("8 no policy clipping", "", {"ppo.ppo_loss": loss_without_policy_clipping}),
     "no_clip_vloss": ("9 no value clipping", "--no-clip-vloss", {}),
     "no_entropy_bonus": ("10 no entropy bonus", "--ent-coef 0", {}),
     "no_gradient_clipping": ("11 no gradient clipping", "--max-grad-norm 1e30", {}),
@@ -83,14 +85,20 @@ PUBLISHED = {  # mean and deviation at 500,000 steps, as published
 
 
 def run(env_id, variant, seed, steps):
-    """Train once, in a folder that is then removed: [(global_step, episodic_return), ...] and an error or ""."""
+    """Train once, in a folder that is then removed: what train() returns."""
     _, flags, replacements = VARIANTS[variant]
-    flags = [f"--env-id={env_id}", f"--seed={seed}", f"--total-timesteps={steps}", "--no-cuda", *flags.split()]
+    with tempfile.TemporaryDirectory() as folder:
+        return train(folder, f"--env-id={env_id} --seed={seed} --total-timesteps={steps} {flags}", replacements)
+
+
+def train(folder, flags, replacements):
+    """Train once, in this folder: [(global_step, episodic_return), ...] and an error or ""."""
+    flags = ["--no-cuda", "--checkpoint-interval=0", *flags.split()]
     out, err, error, here = io.StringIO(), io.StringIO(), "", os.getcwd()
     with contextlib.ExitStack() as stack:
         for name, replacement in replacements.items():
-            stack.enter_context(mock.patch.object(ppo, name, replacement))
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(mock.patch(name, replacement))
+        stack.callback(gc.unfreeze)  # ppo.py freezes what it finds; in a process of many runs it would pile up
         stack.callback(os.chdir, here)
         os.chdir(folder)
         stack.enter_context(contextlib.redirect_stdout(out))
@@ -135,6 +143,18 @@ def machine():
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}; Python {platform.python_version()}, {packages}"
 
 
+def in_parallel(function, calls, workers):
+    """Call the function with each value of ``calls``, {name: arguments}: (name, result) one by one as they finish."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes that are about to start
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(function, *arguments): name for name, arguments in calls.items()}
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what has not begun need not
+
+
 def run_all(results, seeds, workers, divisor):
     """Run what is not saved yet. learning_facts.json keeps where and when, and which runs failed; those run anew."""
     path, where = results / "learning_facts.json", machine()
@@ -143,19 +163,16 @@ def run_all(results, seeds, workers, divisor):
     saved = {key: read_runs(results, *key) for key in keys}
     # Seed by seed, so that all comparisons grow at the same pace. What comes last is short, so that no process waits.
     jobs = [(*key, seed) for seed in range(1, seeds + 1) for key in keys if seed not in saved[key]]
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes that are about to start
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, *job[1:], STUDIES[job[0]][0] // divisor): job for job in jobs}
-        for future in tqdm(as_completed(futures), total=len(jobs), unit="run"):
-            job, (episodes, error) = futures[future], future.result()
-            facts["failed"].pop(" ".join(map(str, job)), None)
-            if error:
-                facts["failed"][" ".join(map(str, job))] = error
-            else:
-                save_run(results, *job, episodes)
-            first, _ = facts["machines"].get(where, [str(date.today())] * 2)
-            facts["machines"][where] = [first, str(date.today())]
-            replace(path, (json.dumps(facts, indent=1) + "\n").encode())
+    calls = {job: (*job[1:], STUDIES[job[0]][0] // divisor) for job in jobs}
+    for job, (episodes, error) in in_parallel(run, calls, workers):
+        facts["failed"].pop(" ".join(map(str, job)), None)
+        if error:
+            facts["failed"][" ".join(map(str, job))] = error
+        else:
+            save_run(results, *job, episodes)
+        first, _ = facts["machines"].get(where, [str(date.today())] * 2)
+        facts["machines"][where] = [first, str(date.today())]
+        replace(path, (json.dumps(facts, indent=1) + "\n").encode())
     return jobs
 
 

@@ -1,6 +1,6 @@
-"""Draw what benchmark.learning and benchmark.throughput saved.
+"""Draw what benchmark.study, benchmark.learning and benchmark.throughput saved.
 
-    python -m benchmark.plots        # makes learning.svg, ablations.svg and throughput.svg
+    python -m benchmark.plots        # makes study.svg, reuse.svg, learning.svg, ablations.svg and throughput.svg
 
 The pictures lie beside the saved rows that they show. The same rows make the same files, byte by byte.
 """
@@ -14,12 +14,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmark import learning, throughput
+from benchmark import learning, study, throughput
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  (a screen is not needed, and must not be looked for)
 
 BLUE, RED, GRAY = "#0072B2", "#D55E00", "#888888"  # Okabe and Ito's, for all kinds of colour vision
+SIX_COLORS = ("#000000", RED, BLUE, "#009E73", "#CC79A7", "#E69F00")
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -28,6 +29,78 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "ppo",  # with no date in the file, the same numbers make the same file
 }
+
+
+def draw_study(results):
+    """What each variant changes at each learning rate: a heat map, with the default's own return in its first row."""
+    figure, panels = plt.subplots(1, len(study.ENVIRONMENTS), figsize=(8.6, 5.0), layout="constrained", sharey=True)
+    variants = [v for v in study.DETAILS if v != "default"]
+    colors = matplotlib.colors.LinearSegmentedColormap.from_list("", (RED, "#FFFFFF", BLUE))
+    for panel, env_id in zip(panels, study.ENVIRONMENTS, strict=True):
+        rows = study.read_rows(results, env_id, "rates")
+        effects = [[study.effect(rows, v, rate) for rate in study.RATES] for v in variants]
+        means = np.array([[np.mean(x) if x else math.nan for x in row] for row in effects])
+        largest = max(np.abs(means[np.isfinite(means)]), default=1.0)
+        image = panel.imshow(means, colors, vmin=-largest, vmax=largest, aspect="auto")
+        for (y, x), mean in np.ndenumerate(means):
+            found = study.excludes_zero(effects[y][x])
+            if found:
+                box = plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, linewidth=1.2, edgecolor="black")
+                panel.add_patch(box)
+            if not math.isnan(mean):
+                style = {"weight": "bold" if found else "normal", "color": "white" if mean > 0.7 * largest else "black"}
+                text = f"{mean:+.0f}".replace("-", "−") if any(effects[y][x]) else "="
+                panel.text(x, y, text, ha="center", va="center", **style)
+        for x, rate in enumerate(study.RATES):
+            default = study.mean_of(rows, "default", rate, "mean_return", ".0f").replace("-", "−")
+            panel.text(x, -1.15, default, ha="center", va="center")
+        panel.set_xticks(range(len(study.RATES)), [f"{2.5e-4 * rate:g}\n× {rate}" for rate in study.RATES])
+        panel.set(title=env_id, xlabel="learning rate", ylim=(len(variants) - 0.5, -1.7))
+        panel.axhline(variants.index("target_kl") - 0.5, color="black", linewidth=0.8)  # below: switched on, not off
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0)
+        bar = figure.colorbar(image, ax=panel, location="bottom", aspect=40, pad=0.02)
+        bar.set_label("return over the run, minus the default's\n← worse   |   better →")
+        bar.outline.set_visible(False)
+    labels = ["default: return over the run", *(study.VARIANTS[v][0] for v in variants)]
+    panels[0].set_yticks([-1.15, *range(len(variants))], labels)
+    note = "framed: the 95 % interval of the mean over the seeds excludes zero      =: every run is the default's"
+    figure.supxlabel(note, fontsize=9)
+    return figure
+
+
+def draw_reuse(results):
+    """10 epochs for each batch: the return, and how far and how often the policy strays."""
+    rows = study.read_rows(results, "CartPole-v1", "reuse")
+    figure, panels = plt.subplots(1, 3, figsize=(8.6, 3.6), layout="constrained")
+    names = {"mean_return": "return over the run", "kl_mean": "approx_kl, nats", "clipfrac": "clipfrac"}
+    for panel, (name, title) in zip(panels, names.items(), strict=True):
+        for i, (variant, color, marker) in enumerate(zip(study.REUSE, SIX_COLORS, "osD^vP", strict=True)):
+            values = [list(study.measure(rows, variant, rate, name).values()) for rate in study.RATES]
+            values = [[x for x in cell if math.isfinite(x)] for cell in values]  # a diverged run may have no KL
+            shown = [x for x, cell in enumerate(values) if cell]
+            means = np.array([np.mean(values[x]) for x in shown])
+            low, high = np.array([learning.interval(values[x]) for x in shown]).reshape(-1, 2).T
+            label = "default" if variant == "default" else study.VARIANTS[variant][0]
+            panel.errorbar(
+                np.array(shown) + 0.09 * (i - 2.5),  # side by side, not on top of each other
+                means,
+                (means - low, high - means),
+                color=color,
+                marker=marker,
+                markersize=5,
+                linewidth=1.2,
+                label=label,
+            )
+        panel.set_xticks(range(len(study.RATES)), [f"× {rate}" for rate in study.RATES])
+        panel.set(title=title, xlabel="learning rate, times 2.5e-4")
+        panel.grid(axis="y", alpha=0.25)
+    panels[1].set_yscale("log")
+    panels[1].yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 3)))
+    panels[1].yaxis.set_major_formatter("{x:g}")
+    panels[1].yaxis.set_minor_formatter("")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
 
 
 def draw_learning(results):
@@ -102,6 +175,8 @@ def main():
     args = parser.parse_args()
     with plt.rc_context(STYLE):
         for name, draw in {
+            "study": draw_study,
+            "reuse": draw_reuse,
             "learning": draw_learning,
             "ablations": draw_ablations,
             "throughput": draw_throughput,

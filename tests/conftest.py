@@ -1,6 +1,8 @@
 """Shared tools: run ppo.py in a folder of its own, in this process or as a user would, and read what it printed."""
 
 import contextlib
+import io
+import multiprocessing
 import os
 import re
 import signal
@@ -42,11 +44,12 @@ def scalars(folder):
 
 def progress(folder):
     """(update, global_step) of the folder's checkpoint."""
-    return tuple(ppo.load_checkpoint(folder)["progress"][:2])
+    _, checkpoint = ppo.load_checkpoint(str(folder))
+    return checkpoint["update"], checkpoint["update"] * checkpoint["args"]["batch_size"]
 
 
 def same_parameters(folder, agent):
-    saved = ppo.load_checkpoint(folder)["agent"]
+    saved = ppo.load_checkpoint(str(folder))[1]["agent"]
     return all(saved[name].equal(value) for name, value in agent.state_dict().items())
 
 
@@ -86,20 +89,19 @@ def workdir(tmp_path, monkeypatch):
     while STARTED:
         for pid in left_behind(STARTED.pop(), patience=0):  # of a test that failed
             os.kill(pid, signal.SIGKILL)
-    for number, handler in handlers.items():  # main changes them
-        signal.signal(number, handler)
+    assert handlers == {number: signal.getsignal(number) for number in handlers}  # a run restores them
 
 
 @pytest.fixture
 def run(capsys, workdir):
     """run("--seed 2") trains in this process: what was printed, the episodes, the run's folder and the agent."""
 
-    def run(flags=""):
+    def run(flags="", **kwargs):
         before = set(Path("runs").glob("*"))
         args = ppo.parse_args(flags.split())
         if args.resume:  # TensorBoard reads event files in the order of their names: second, process, number
             time.sleep(1 - time.time() % 1)
-        agent = ppo.train(args)
+        agent = ppo.train(args, **kwargs)
         out = capsys.readouterr().out
         (folder,) = {Path(args.resume)} if args.resume else set(Path("runs").glob("*")) - before
         return SimpleNamespace(agent=agent, out=out, episodes=parse_episodes(out), folder=folder)
@@ -161,6 +163,30 @@ def finish(process):
     out, err = process.stdout.read(), process.stderr.read()  # communicate() forgets what readline() has buffered
     process.wait(timeout=60)
     return out, err
+
+
+def forked(flags, prepare=lambda: None):
+    """ppo.main in a copy of this process: its exit code, and what it printed before it ended, unless it was killed."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    out, err = io.StringIO(), io.StringIO()
+
+    def main():
+        prepare()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                ppo.main(flags.split())
+        finally:
+            sender.send((out.getvalue(), err.getvalue()))
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    sender.close()
+    try:
+        out, err = receiver.recv()
+    except EOFError:
+        out = err = ""
+    process.join(60)
+    return process.exitcode, out, err
 
 
 def spawn(flags="", script="ppo.py", **kwargs):

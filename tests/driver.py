@@ -7,32 +7,37 @@ import torch
 
 import ppo
 
-rank = int(os.environ["RANK"])
-kept = {"params": [], "grads": [], "batches": []}  # of each gradient step
-adam, ppo_loss, get_action_and_value = ppo.adam, ppo.ppo_loss, ppo.Agent.get_action_and_value
+kept = {"params": [], "grads": [], "batches": [], "approx_kl": []}  # of each gradient step
+ppo_loss, flat = ppo.ppo_loss, torch.nn.utils.parameters_to_vector
 
 
-def keeping_adam(params, grads, *args, **kwargs):
-    kept["params"].append(params[0].detach().clone())
-    kept["grads"].append(grads[0].clone())
-    adam(params, grads, *args, **kwargs)
-    if "DIES" in os.environ and rank == 1 and len(kept["params"]) == 10:
-        os._exit(7)
+class KeepingAdam(torch.optim.Adam):
+    def step(self):
+        params = self.param_groups[0]["params"]
+        kept["params"].append(flat(params).detach())
+        kept["grads"].append(flat([p.grad for p in params]))
+        super().step()
+        if "DIES" in os.environ and os.environ["RANK"] == "1" and len(kept["params"]) == 10:
+            os._exit(7)
 
 
-def keeping_inputs(agent, obs, actions):
-    kept["batches"].append([obs, actions])
-    return get_action_and_value(agent, obs, actions)
+class KeepingAgent(ppo.Agent):
+    def get_action_and_value(self, obs, action=None):
+        if action is not None:
+            kept["batches"].append([obs, action])
+        return super().get_action_and_value(obs, action)
 
 
 def keeping_loss(newlogprob, entropy, newvalue, *batch):
     kept["batches"][-1] += batch[:-1]
-    return ppo_loss(newlogprob, entropy, newvalue, *batch)
+    loss, stats = ppo_loss(newlogprob, entropy, newvalue, *batch)
+    kept["approx_kl"].append(stats["approx_kl"])
+    return loss, stats
 
 
 if __name__ == "__main__":
-    ppo.adam, ppo.ppo_loss, ppo.Agent.get_action_and_value = keeping_adam, keeping_loss, keeping_inputs
-    agent = ppo.train(ppo.parse_args())
-    kept["params"].append(torch.nn.utils.parameters_to_vector(agent.parameters()).detach())
+    torch.optim.Adam, ppo.ppo_loss = KeepingAdam, keeping_loss
+    agent = ppo.train(ppo.parse_args(), Agent=KeepingAgent)
+    kept["params"].append(flat(agent.parameters()).detach())
     if "DUMP" in os.environ:
-        torch.save(kept, os.path.join(os.environ["DUMP"], f"rank{rank}.pt"))
+        torch.save(kept, os.path.join(os.environ["DUMP"], f"rank{os.environ['RANK']}.pt"))

@@ -120,8 +120,8 @@ def test_only_truncation_is_bootstrapped_with_the_value_of_the_final_observation
     agents, rollouts, original = [], [], ppo.compute_advantages
 
     class SpiedAgent(ppo.Agent):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, envs):
+            super().__init__(envs)
             agents.append(self)
 
     def spy(rewards, *args):
@@ -130,11 +130,10 @@ def test_only_truncation_is_bootstrapped_with_the_value_of_the_final_observation
         rollouts.append((rewards.copy(), final_value))
         return original(rewards, *args)
 
-    monkeypatch.setattr(ppo, "Agent", SpiedAgent)
     monkeypatch.setattr(ppo, "compute_advantages", spy)
     flags = f"--env-id {env_id} --num-envs 2 --num-steps 8 --num-minibatches 2 --total-timesteps 32 --gamma 0.9"
-    run(flags)
-    run(flags + " --bootstrap-truncation")
+    run(flags, Agent=SpiedAgent)
+    run(flags + " --bootstrap-truncation", Agent=SpiedAgent)
     assert len(rollouts) == 4
     for (plain, _), (rewards, _) in zip(rollouts[:2], rollouts[2:], strict=True):
         assert (plain == 1).all()

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import math
 import re
 import shutil
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 from test_exactness import REFERENCE
 
 import ppo
-from benchmark import learning
+from benchmark import learning, study
 
 
 def test_last_100_takes_the_last_100_episodes():
@@ -37,7 +40,7 @@ def test_interval_is_that_of_the_mean():
     "variant, changed",
     [
         ("default", {}),
-        ("no_vectorization", {"num_envs": 1, "num_steps": 512}),
+        ("no_vectorization", {"num_envs": 1, "local_num_envs": 1, "num_steps": 512}),
         ("torch_init", {}),
         ("adam_eps_1e-8", {}),
         ("no_anneal_lr", {"anneal_lr": False}),
@@ -53,30 +56,38 @@ def test_interval_is_that_of_the_mean():
     ],
 )
 def test_variant_changes_the_flags_that_it_names_and_no_others(variant, changed, monkeypatch):
-    functions = ("layer_init", "adam", "ppo_loss", "compute_advantages")
-    given, original = {}, {name: getattr(ppo, name) for name in functions}
-    monkeypatch.setattr(ppo, "train", lambda args: given.update(vars(args) | {n: getattr(ppo, n) for n in functions}))
+    def functions():
+        return {
+            "ppo.layer_init": ppo.layer_init,
+            "torch.optim.Adam": torch.optim.Adam,
+            "ppo.ppo_loss": ppo.ppo_loss,
+            "ppo.compute_advantages": ppo.compute_advantages,
+        }
+
+    given, original = {}, functions()
+    monkeypatch.setattr(ppo, "train", lambda args: given.update(vars(args) | functions()))
     learning.run("CartPole-v1", variant, 3, 25000)
-    expected = vars(ppo.parse_args(["--seed=3", "--no-cuda"])) | original | learning.VARIANTS[variant][2] | changed
-    assert given == expected
-    assert {name: getattr(ppo, name) for name in functions} == original  # and puts back what it replaced
+    expected = vars(ppo.parse_args(["--seed=3", "--no-cuda", "--checkpoint-interval=0"]))
+    assert given == expected | original | learning.VARIANTS[variant][2] | changed
+    assert functions() == original  # and puts back what it replaced
 
 
 def test_torch_init_is_pytorch_s_default(monkeypatch):
     torch.manual_seed(5)
     sizes = [(4, 64), (64, 64), (64, 1), (4, 64), (64, 64), (64, 2)]
     expected = [p for size in sizes for p in torch.nn.Linear(*size).parameters()]
-    monkeypatch.setattr(ppo, "layer_init", learning.VARIANTS["torch_init"][2]["layer_init"])
+    monkeypatch.setattr(ppo, "layer_init", learning.VARIANTS["torch_init"][2]["ppo.layer_init"])
     torch.manual_seed(5)
-    for p, q in zip(ppo.Agent(4, 2).parameters(), expected, strict=True):
+    spaces = {"single_observation_space": SimpleNamespace(shape=(4,)), "single_action_space": SimpleNamespace(n=2)}
+    for p, q in zip(ppo.Agent(SimpleNamespace(**spaces)).parameters(), expected, strict=True):
         assert p.equal(q)
 
 
 def test_adam_eps_changes_only_the_epsilon():
     given = []
-    adam = learning.VARIANTS["adam_eps_1e-8"][2]["adam"]
-    adam("params", "grads", adam=lambda *state, **options: given.append((state, options)), lr=0.1, eps=1e-5)
-    assert given == [(("params", "grads"), {"lr": 0.1, "eps": 1e-8})]
+    adam = learning.VARIANTS["adam_eps_1e-8"][2]["torch.optim.Adam"]
+    adam("params", adam=lambda *params, **options: given.append((params, options)), lr=0.1, eps=1e-5, fused=True)
+    assert given == [(("params",), {"lr": 0.1, "eps": 1e-8, "fused": True})]
 
 
 def test_no_policy_clipping_unclips_the_policy_loss_and_leaves_the_rest():
@@ -88,7 +99,7 @@ def test_no_policy_clipping_unclips_the_policy_loss_and_leaves_the_rest():
     assert clipped["clipfrac"] > 0.5
     normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     policy_loss = -(normalized * (new[0] - logprobs).exp()).mean()
-    torch.testing.assert_close(stats.pop("policy_loss"), policy_loss)
+    torch.testing.assert_close(stats.pop("policy_loss"), policy_loss.detach())
     torch.testing.assert_close(loss, clipped_loss - clipped.pop("policy_loss") + policy_loss)
     assert stats == clipped
     grads = [torch.autograd.grad(x, new, retain_graph=True) for x in (loss, clipped_loss)]
@@ -129,6 +140,14 @@ def test_runs_are_saved_and_not_repeated_and_failures_are_recorded(tmp_path, mon
     assert all("Nope" in error for error in facts["failed"].values())
 
 
+def test_an_error_ends_the_calls_that_have_not_begun(tmp_path):
+    calls = {0: (-1,)} | {i: (0.1,) for i in range(1, 500)}
+    start = time.perf_counter()
+    with pytest.raises(ValueError):  # nobody sleeps less than no time
+        list(learning.in_parallel(time.sleep, calls, 1))
+    assert time.perf_counter() - start < 25
+
+
 def test_returns_are_saved_to_two_decimals_and_come_back(tmp_path):
     job = (tmp_path, "learning", "LunarLander-v3", "default")
     learning.save_run(*job, 2, [(7, -1234.57), (1_000_001, 2.0)])
@@ -145,11 +164,143 @@ def test_returns_are_saved_to_two_decimals_and_come_back(tmp_path):
 
 
 def test_what_is_saved_is_complete_and_makes_the_saved_tables(tmp_path):
-    for study, (_, env_ids, variants) in learning.STUDIES.items():
+    for name, (_, env_ids, variants) in learning.STUDIES.items():
         for env_id in env_ids:
             for variant in variants:
-                assert list(learning.read_runs(learning.RESULTS, study, env_id, variant)) == list(range(1, 11))
+                assert list(learning.read_runs(learning.RESULTS, name, env_id, variant)) == list(range(1, 11))
     shutil.copytree(learning.RESULTS, tmp_path / "results")
     learning.write_tables(tmp_path / "results")
     for name in ("learning.md", "ablations.md"):
         assert (tmp_path / "results" / name).read_text() == (learning.RESULTS / name).read_text()
+
+
+def row(mean_return=0.0, error="", **values):
+    return dict.fromkeys(study.MEASURES, 1.0) | {"mean_return": mean_return, "error": error} | values
+
+
+def made_up(returns):
+    """Rows of {variant: {rate: [return of seed 1, of seed 2, ...]}}."""
+    return {
+        (variant, rate, seed): row(value)
+        for variant, rates in returns.items()
+        for rate, values in rates.items()
+        for seed, value in enumerate(values, 1)
+    }
+
+
+def test_study_trains_as_it_says_and_measures_what_the_run_logged(monkeypatch):
+    given, train = [], ppo.train
+    monkeypatch.setattr(ppo, "train", lambda args: given.append(args) or train(args))
+    variants = ("default", "no_policy_clipping")
+    measured = [study.run("CartPole-v1", "reuse", variant, 30, 2, 2048) for variant in variants]
+    expected = "--num-envs 16 --num-steps 32 --vectorization-mode vector_entry_point --update-epochs 10 --seed 2"
+    expected += " --total-timesteps 2048 --learning-rate 0.0075 --no-cuda --checkpoint-interval 0"
+    assert given == [ppo.parse_args(expected.split())] * 2
+    for values in measured:
+        assert list(values) == list(study.MEASURES)
+        assert values["error"] == "" and values["epochs"] == 10 and values["ended_early"] == 0
+        assert 0 < values["kl_median"] <= values["kl_max"] and 0 < values["clipfrac"] < 1
+        assert 9 < values["mean_return"] < 500 and values["explained_variance"] < 1
+    assert measured[0] != measured[1] and measured[0] == study.run("CartPole-v1", "reuse", "default", 30, 2, 2048)
+
+
+def test_study_reads_one_value_for_each_update(tmp_path):
+    flags = "--total-timesteps 2048 --num-envs 2 --num-steps 128"
+    episodes, error = learning.train(tmp_path, flags, {})
+    scalars = study.read_scalars(tmp_path)
+    assert len(episodes) > 0 and error == ""
+    assert {len(values) for values in scalars.values()} == {8}
+    assert set(scalars) > {"losses/approx_kl", "losses/clipfrac", "losses/explained_variance"}
+    assert study.read_scalars(tmp_path / "nothing") == {}
+
+
+def test_study_counts_epochs_that_target_kl_left_out(monkeypatch):
+    monkeypatch.setitem(study.VARIANTS, "target_kl", ("", "--target-kl 0", {}))
+    measured = study.run("CartPole-v1", "rates", "target_kl", 3, 1, 1024)
+    assert (measured["epochs"], measured["ended_early"]) == (1, 1)
+
+
+def test_study_a_diverged_run_is_a_result_and_any_other_failure_is_not(monkeypatch):
+    monkeypatch.setitem(study.VARIANTS, "default", ("", "--no-norm-adv", {}))
+    measured = study.run("CartPole-v1", "rates", "default", 1e33, 1, 1024)
+    assert re.match(r"error: update \d+ .* diverged", measured["error"])
+    assert measured["last_100"] == 20
+    monkeypatch.setitem(study.VARIANTS, "default", ("", "--no-such-flag", {}))
+    with pytest.raises(RuntimeError, match="no-such-flag"):
+        study.run("CartPole-v1", "rates", "default", 1, 1, 1024)
+
+
+def test_study_what_a_diverged_run_did_not_reach_counts_as_untrained(monkeypatch):
+    monkeypatch.setattr(learning, "WINDOWS", 4)
+    episodes = [(10, 30.0), (20, 50.0), (40, 100.0)]
+    assert study.returns("CartPole-v1", episodes, "", 100) == {"mean_return": 70, "last_100": 60}
+    assert study.returns("CartPole-v1", episodes, "diverged", 100) == {"mean_return": 45, "last_100": 20}
+    assert study.returns("CartPole-v1", [], "diverged", 100) == {"mean_return": 20, "last_100": 20}
+
+
+def test_study_rows_are_saved_and_come_back_in_any_order(tmp_path):
+    (tmp_path / "other").mkdir()
+    rows = {("target_kl", 1, 2): row(12.25, kl_max=math.inf), ("default", 30, 1): row(-7.5, "error: a, b")}
+    for results, keys in ((tmp_path, list(rows)), (tmp_path / "other", list(rows)[::-1])):
+        for key in keys:
+            study.save_row(results, "Acrobot-v1", "rates", key, rows[key])
+        assert study.read_rows(results, "Acrobot-v1", "rates") == rows
+    paths = [study.path_of(results, "Acrobot-v1", "rates") for results in (tmp_path, tmp_path / "other")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_study_effects_are_paired_by_seed():
+    rows = made_up({"default": {1: [10, 20, 30]}, "no_gae": {1: [11, 23]}})
+    assert study.effect(rows, "no_gae", 1) == [1, 3]
+    assert study.effect(rows, "no_gae", 3) == []
+    assert study.describe([1, 3]) == "**+2 (+1 to +3)**"
+    assert study.describe([-1, 3]) == "+1 (-1 to +3)"
+    assert not study.excludes_zero([1]) and not study.excludes_zero([0, 0])
+
+
+def test_study_best_rate_is_chosen_on_the_other_half_of_the_seeds():
+    default = {1: [1, 5, 1, 5], 3: [4, 2, 4, 2], 10: [0, 0, 0, 0], 30: [0, 0, 0, 0]}
+    ours = {1: [0, 0, 0, 0], 3: [7, 6, 7, 6], 10: [0, 0, 0, 0], 30: [0, 0, 0, 0]}
+    rows = made_up({"default": default, "no_gae": ours})
+    values, rates = study.at_best_rate(rows, "default")  # odd seeds: rate 1, the best of the even ones
+    assert (values, rates) == ({1: 1, 3: 1, 2: 2, 4: 2}, [1, 3])
+    assert study.effect_at_best(rows, "no_gae") == [6, 4, 6, 4]
+    assert study.at_best_rate({key: x for key, x in rows.items() if key[2] == 1}, "default") == ({}, [])
+
+
+def test_study_working_rates_are_within_a_tenth_of_the_default_s_best():
+    default = {1: [50, 50], 3: [109, 111], 10: [120, 120], 30: [20, 20]}
+    ours = {1: [120, 120], 3: [111, 109], 10: [109.9, 109.9], 30: [100, 122]}
+    rows = made_up({"default": default, "no_gae": ours})
+    rates, number = study.working_rates(rows, "default", 20)
+    assert (rates, *number) == ([3, 10], 1, 2)  # 90 % of 100 above 20: 110
+    rates, number = study.working_rates(rows, "no_gae", 20)
+    assert (rates, *number) == ([1, 3, 30], 2, 3)  # of 3 and 30 each fails in one of the two seeds
+    assert study.working_rates(made_up({"default": default}), "no_gae", 20) == ([], None)
+
+
+def test_study_runs_are_not_repeated_and_make_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ENVIRONMENTS", {"CartPole-v1": (study.ENVIRONMENTS["CartPole-v1"][0], ("reuse",))})
+    monkeypatch.setattr(study, "SETTINGS", {"reuse": ("--update-epochs 10", ("default", "target_kl"))})
+    monkeypatch.setattr(study, "RATES", (1, 30))
+    options = {"env_ids": ["CartPole-v1"], "workers": 1, "divisor": 150}
+    assert len(study.run_all(tmp_path, seeds=1, **options)) == 4
+    jobs = study.run_all(tmp_path, seeds=2, **options)
+    assert jobs == [("CartPole-v1", "reuse", v, rate, 2) for v in ("default", "target_kl") for rate in (1, 30)]
+    rows = study.read_rows(tmp_path, "CartPole-v1", "reuse")
+    assert len(rows) == 8 and all(values["error"] == "" for values in rows.values())
+    study.write_tables(tmp_path)
+    text = (tmp_path / "study.md").read_text()
+    for variant in ("default", "bonus: target KL 0.015"):
+        assert f"| {variant} | 4 |" in text
+    assert study.run_all(tmp_path, seeds=2, **options) == []
+
+
+def test_study_that_is_saved_is_complete_and_makes_the_saved_tables(tmp_path):
+    for env_id, (_, settings) in study.ENVIRONMENTS.items():
+        for setting in settings:
+            keys = {(v, r, seed) for v in study.SETTINGS[setting][1] for r in study.RATES for seed in range(1, 11)}
+            assert study.read_rows(learning.RESULTS, env_id, setting).keys() == keys
+    shutil.copytree(learning.RESULTS, tmp_path / "results")
+    study.write_tables(tmp_path / "results")
+    assert (tmp_path / "results" / "study.md").read_text() == (learning.RESULTS / "study.md").read_text()

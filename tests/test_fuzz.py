@@ -11,32 +11,13 @@ from hypothesis import strategies as st
 import evaluate
 import ppo
 
-INTEGERS = (
-    "checkpoint-interval total-timesteps seed num-threads num-envs num-steps num-minibatches update-epochs".split()
-)
-REALS = "gamma gae-lambda learning-rate clip-coef ent-coef vf-coef max-grad-norm target-kl".split()
+INTEGERS = "total-timesteps seed num-threads num-envs num-steps num-minibatches update-epochs".split()
+REALS = "checkpoint-interval gamma gae-lambda learning-rate clip-coef ent-coef vf-coef max-grad-norm target-kl".split()
 BOOLEANS = "torch-deterministic cuda track capture-video gae bootstrap-truncation anneal-lr norm-adv clip-vloss".split()
 TEXTS = "exp-name env-id gym-id resume wandb-project-name wandb-entity".split()
 ODD = ["", " ", "-", "--", "0", "-0", "1", "-1", "nan", "-nan", "inf", "-inf", "1e400", "1e-400", "9" * 30, "0x10"]
-ODD += [
-    "1_0",
-    "٣",
-    "½",
-    "true",
-    "None",
-    "%s",
-    "%(default)s",
-    "{}",
-    "\x00",
-    "\n",
-    "a\nb",
-    "é",
-    "日本",
-    "🎈",
-    "../..",
-    "=",
-    "@x",
-]
+ODD += ["1_0", "٣", "½", "1e6", "true", "None", "%s", "%(default)s", "{}", "\x00", "\n", "a\nb", "é", "日本", "🎈"]
+ODD += ["../..", "=", "@x"]
 
 words = st.sampled_from(ODD) | st.text(max_size=12) | st.integers().map(str) | st.floats().map(str)
 flags = st.sampled_from([f"--{name}" for name in INTEGERS + REALS + TEXTS + ["unknown", "h", ""]])
@@ -73,7 +54,7 @@ def check(code, err):
 @given(command_lines)
 def test_any_command_line_starts_a_run_or_is_one_line(argv):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "train", lambda args, stop_signals=(): None)
+        patch.setattr(ppo, "train", lambda *args: None)
         check(*outcome(ppo.main, argv))
 
 
@@ -94,7 +75,7 @@ def test_any_command_line_starts_a_run_or_is_one_line(argv):
             "num-envs": st.integers(1, 4),
             "num-minibatches": st.integers(1, 4),
             "update-epochs": st.integers(1, 3),
-            "checkpoint-interval": st.integers(0, 3),
+            "checkpoint-interval": st.sampled_from([0, 1e-9, 1]),
             "exp-name": st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
             "bootstrap-truncation": st.booleans(),
             "norm-adv": st.booleans(),

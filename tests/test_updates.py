@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import scalars
 
 import ppo
 
@@ -17,25 +17,25 @@ def trace(run, monkeypatch):
     """trace(flags) trains and returns what went through the algorithm in each rollout and minibatch."""
 
     def trace(flags):
-        keys = "rollouts advantages explained minibatches lr step grad_norm ratio loss before params grads"
+        keys = "rollouts advantages explained minibatches lr before grads after grad_norm ratio loss stats"
         seen = {key: [] for key in keys.split()}
-        compute_advantages, ppo_loss, adam = ppo.compute_advantages, ppo.ppo_loss, ppo.adam
+        compute_advantages, ppo_loss, flat = ppo.compute_advantages, ppo.ppo_loss, torch.nn.utils.parameters_to_vector
 
         class SpiedAgent(ppo.Agent):
             def get_action_and_value(self, obs, action=None):
-                result = super().get_action_and_value(obs, action)
                 if action is not None:
-                    seen["minibatches"].append(torch.cat([obs, action[:, None].float()], 1).clone())
-                return result
+                    seen["minibatches"].append(torch.cat([obs, action[:, None].float()], 1))
+                return super().get_action_and_value(obs, action)
 
-        def spied_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options):
-            seen["before"].append(params[0].clone())
-            adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, **options)
-            seen["grad_norm"].append(float(params[0].grad.norm()))
-            seen["lr"].append(options["lr"])
-            seen["step"].append(int(steps[0]))
-            seen["params"].append(params[0].clone())
-            seen["grads"].append(params[0].grad.clone())
+        class SpiedAdam(torch.optim.Adam):
+            def step(self):
+                (group,) = self.param_groups
+                seen["lr"].append(group["lr"])
+                seen["before"].append(flat(group["params"]).detach())
+                seen["grads"].append(flat([p.grad for p in group["params"]]))
+                seen["grad_norm"].append(float(seen["grads"][-1].norm()))
+                super().step()
+                seen["after"].append(flat(group["params"]).detach())
 
         def spied_advantages(rewards, values, *args):
             result = compute_advantages(rewards, values, *args)
@@ -44,18 +44,18 @@ def trace(run, monkeypatch):
             seen["explained"].append(1 - np.var(result[1] - values[:-1]) / np.var(result[1]))
             return result
 
-        def spied_loss(newlogprob, entropy, newvalue, logprobs, *args):
-            result = ppo_loss(newlogprob, entropy, newvalue, logprobs, *args)
-            seen["ratio"].append((newlogprob - logprobs).exp().detach())
+        def spied_loss(newlogprob, entropy, newvalue, mb_logprobs, *args):
+            result = ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, *args)
+            seen["ratio"].append((newlogprob - mb_logprobs).exp().detach())
             seen["loss"].append(float(result[0].detach()))
+            seen["stats"].append({f"losses/{name}": value.item() for name, value in result[1].items()})
             return result
 
         with monkeypatch.context() as patch:
-            patch.setattr(ppo, "Agent", SpiedAgent)
             patch.setattr(ppo, "compute_advantages", spied_advantages)
             patch.setattr(ppo, "ppo_loss", spied_loss)
-            patch.setattr(ppo, "adam", spied_adam)
-            seen["run"] = run(flags)
+            patch.setattr(torch.optim, "Adam", SpiedAdam)
+            seen["run"] = run(flags, Agent=SpiedAgent)
         return seen
 
     return trace
@@ -81,30 +81,35 @@ def test_ratio_is_exactly_one_in_the_first_minibatch_of_each_update_and_not_afte
         assert (ratios[update * 16 + 15] - 1).abs().max() > 1e-4
 
 
-def test_explained_variance_is_that_of_the_returns_by_the_values(trace):
+def test_logged_are_the_last_minibatch_s_stats_clipfrac_s_mean_and_the_explained_variance_of_the_whole_batch(trace):
     seen = trace("--total-timesteps 2048 --learning-rate 0.01")
-    events = EventAccumulator(str(seen["run"].folder))
-    events.Reload()
-    logged = [event.value for event in events.Scalars("losses/explained_variance")]
-    assert logged == pytest.approx(seen["explained"], abs=1e-4) and len({round(x, 3) for x in logged}) == 4
+    logged = {tag: [value for _, value in points] for tag, points in scalars(seen["run"].folder).items()}
+    explained, clipfracs = logged.pop("losses/explained_variance"), logged.pop("losses/clipfrac")
+    assert explained == pytest.approx(seen["explained"], abs=1e-4) and len({round(x, 3) for x in explained}) == 4
+    expected = np.reshape([stats.pop("losses/clipfrac") for stats in seen["stats"]], (4, 16)).mean(1)
+    assert clipfracs == pytest.approx(expected) and 0 < clipfracs[0] < 1
+    for tag in seen["stats"][0]:
+        assert logged[tag] == pytest.approx([seen["stats"][i][tag] for i in (15, 31, 47, 63)]), tag
+
+
+def test_returns_that_do_not_vary_have_no_explained_variance(run):
+    folder = run("--total-timesteps 512 --gamma 0").folder  # each return is the step's own reward, 1
+    assert np.isnan(scalars(folder)["losses/explained_variance"][0][1])
 
 
 def test_learning_rate_is_exact_in_every_update(trace):
     seen = trace(SMALL + " --learning-rate 0.001")
     assert seen["lr"][::6] == [0.001, 0.75 * 0.001, 0.5 * 0.001, 0.25 * 0.001]
     assert all(len(set(seen["lr"][i : i + 6])) == 1 for i in range(0, 24, 6))
-    assert seen["step"] == list(range(1, 25))
     assert set(trace(SMALL + " --learning-rate 0.001 --no-anneal-lr")["lr"]) == {0.001}
 
 
-def test_steps_are_those_of_torch_adam_with_eps_1e_minus_5_to_the_bit(trace):
-    seen = trace(SMALL)
-    expected = seen["before"][0].requires_grad_()
-    optimizer = torch.optim.Adam([expected], eps=1e-5)
-    for gradient, learning_rate, params in zip(seen["grads"], seen["lr"], seen["params"], strict=True):
-        expected.grad, optimizer.param_groups[0]["lr"] = gradient, learning_rate
-        optimizer.step()
-        assert params.equal(expected)
+def test_steps_are_those_of_adam_with_eps_1e_minus_5(trace):
+    seen, m, v = trace(SMALL), 0, 0
+    for t, (gradient, lr) in enumerate(zip(seen["grads"], seen["lr"], strict=True), start=1):
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        step = lr * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)
+        torch.testing.assert_close(seen["before"][t - 1] - step, seen["after"][t - 1], rtol=0, atol=3e-7)
 
 
 def test_gradients_are_clipped_together_to_max_grad_norm(trace):
@@ -177,23 +182,27 @@ def test_flags_that_act_after_the_first_step_change_the_outcome(flag, run):
 @pytest.mark.parametrize("spelling, value", [
     ("--gae", True), ("--no-gae", False), ("--gae True", True), ("--gae False", False), ("--gae=false", False),
     ("--gae=TRUE", True), ("--track", True), ("--track=false", False), ("--no-track", False),
+    ("--anneal_lr=False", False), ("--no_anneal_lr", False), ("--learning_rate=1e-3", 1e-3), ("--num_envs 8", 8),
+    ("--target-kl=None", None), ("--target_kl 0.1", 0.1), ("--wandb-entity None", None),
+    ("--total-timesteps 1e6", 1_000_000),
 ])  # fmt: skip
-def test_booleans_accept_every_spelling(spelling, value):
-    name = "gae" if "gae" in spelling else "track"
-    assert getattr(ppo.parse_args(spelling.split()), name) is value
+def test_flags_accept_every_spelling(spelling, value):
+    name = spelling.replace("=", " ").split()[0][2:].replace("-", "_").removeprefix("no_")
+    assert getattr(ppo.parse_args(spelling.split()), name) == value
 
 
 def test_defaults_are_those_of_the_design_and_sizes_are_derived():
     args = vars(ppo.parse_args([]))
     expected = dict(
         exp_name="ppo", env_id="CartPole-v1", learning_rate=2.5e-4, seed=1, total_timesteps=25000, cuda=True,
-        torch_deterministic=True, num_threads=1, resume=None, checkpoint_interval=10, vectorization_mode="sync",
-        world_size=1,
-        track=False, wandb_project_name="cleanrl", wandb_entity=None,
-        capture_video=False, num_envs=4, num_steps=128, anneal_lr=True, gae=True, gamma=0.99, gae_lambda=0.95,
-        num_minibatches=4, update_epochs=4, norm_adv=True, clip_coef=0.2, clip_vloss=True, ent_coef=0.01, vf_coef=0.5,
-        max_grad_norm=0.5, target_kl=None, bootstrap_truncation=False, batch_size=512, minibatch_size=128,
-        num_updates=48,
+        torch_deterministic=True, num_threads=1, resume=None, checkpoint_interval=60, vectorization_mode="sync",
+        track=False, wandb_project_name="cleanrl", wandb_entity=None, capture_video=False, num_envs=4, num_steps=128,
+        anneal_lr=True, gae=True, gamma=0.99, gae_lambda=0.95, num_minibatches=4, update_epochs=4, norm_adv=True,
+        clip_coef=0.2, clip_vloss=True, ent_coef=0.01, vf_coef=0.5, max_grad_norm=0.5, target_kl=None,
+        bootstrap_truncation=False, batch_size=512, minibatch_size=128, num_updates=48, world_size=1, rank=0,
+        local_num_envs=4,
     )  # fmt: skip
     assert args == expected
     assert ppo.parse_args(["--gym-id", "Acrobot-v1"]).env_id == "Acrobot-v1"
+    assert ppo.parse_args(["--gamma", "0.9"], gamma=0.5, learning_rate=3e-4).gamma == 0.9
+    assert ppo.parse_args([], gamma=0.5).gamma == 0.5

@@ -47,8 +47,8 @@ def test_offline_wandb_run_has_name_config_metrics_code_requirements_and_videos_
     assert "def compute_advantages" in (run_folder / "files/code/ppo.py").read_text()
     assert "torch==" in (run_folder / "files/requirements.txt").read_text()
     records = list(wandb_records(run_folder))
-    run, *_, renamed = [r.run for r in records if r.WhichOneof("record_type") == "run"]
-    assert run.project == "lessons" and renamed.display_name == next((folder / "runs").iterdir()).name
+    run = next(r.run for r in records if r.WhichOneof("record_type") == "run")
+    assert run.project == "lessons" and run.display_name == next((folder / "runs").iterdir()).name
     config = {item.key: item.value_json for item in run.config.update}
     assert config["learning_rate"] == "0.00025" and config["num_envs"] == "4"
     rows = [
@@ -73,3 +73,18 @@ def test_offline_wandb_run_has_name_config_metrics_code_requirements_and_videos_
 def test_no_video_folder_without_the_flag(run):
     run("--total-timesteps 512")
     assert not Path("videos").exists() and not Path("wandb").exists()
+
+
+def test_videos_of_a_resumed_run_go_to_a_folder_of_their_own_and_the_checkpoint_holds_none(run, crash):
+    flags = "--capture-video --num-steps 16 --total-timesteps 512 --checkpoint-interval 1e-9"
+    plain = run(flags.replace("--capture-video", "")).folder
+    folder = crash(flags, update=6)
+    assert (folder / "checkpoint.pt").stat().st_size < (plain / "checkpoint.pt").stat().st_size
+    videos = Path("videos", folder.name)
+    before = {path: path.read_bytes() for path in videos.glob("*.mp4")}
+    crash(f"--resume {folder}", update=1)
+    resumed = run(f"--resume {folder}")  # from the same step
+    first, second = sorted(map(str, videos.glob("from-step-320__*")))
+    assert "note: these environments" in resumed.out and f"results: {folder} and {second}\n" in resumed.out
+    assert all((Path(path) / "rl-video-episode-0.mp4").exists() for path in (first, second))
+    assert before == {path: path.read_bytes() for path in videos.glob("*.mp4")} != {}

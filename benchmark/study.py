@@ -1,0 +1,366 @@
+"""When does each detail of ppo.py matter? Each switched off in turn at four learning rates, and where data are reused.
+
+    pip install '.[benchmark]'
+    python -m benchmark.study           # about six hours of one core; a second call goes on where one stopped
+    python -m benchmark.plots           # then draws what was saved
+
+Three settings. "rates": as by default, but 16 environments x 32 steps in a batch, which is cheaper. "reuse": 10 epochs
+for each batch instead of 4. "shape": the default's 4 x 128 steps, to see whether what one row says holds there too.
+Every run is one row of results/study/<environment>__<setting>.csv. The tables are results/study.md; --table-only makes
+them of the saved rows.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+import ppo
+from benchmark import learning
+from benchmark.learning import VARIANTS
+
+STEPS = 150_000
+RATES = (1, 3, 10, 30)  # times the default learning rate
+DETAILS = tuple(v for v in VARIANTS if v != "lunar_lander")
+REUSE = ("default", "no_policy_clipping", "target_kl", "no_clip_vloss", "no_gradient_clipping", "no_norm_adv")
+SETTINGS = {  # name: (flags, variants)
+    "rates": ("", DETAILS),
+    "reuse": ("--update-epochs 10", REUSE),
+    "shape": ("--num-envs 4 --num-steps 128 --vectorization-mode sync", ("default", "no_policy_clipping")),
+}
+BATCHED = "--num-envs 16 --num-steps 32 --vectorization-mode vector_entry_point"
+ENVIRONMENTS = {  # name: (flags, settings)
+    "CartPole-v1": (BATCHED, ("rates", "reuse", "shape")),
+    "Acrobot-v1": ("--num-envs 16 --num-steps 32", ("rates",)),
+}
+# What the rest of a diverged run counts as: the return of an untrained agent, as its policy is of no use any more.
+UNTRAINED = {"CartPole-v1": 20.0, "Acrobot-v1": -500.0}
+KEY = ("variant", "rate", "seed")
+MEASURES = ("mean_return", "last_100", "kl_mean", "kl_median", "kl_max", "clipfrac", "explained_variance")
+MEASURES += ("explained_variance_median", "epochs", "ended_early", "error")
+
+
+def run(env_id, setting, variant, rate, seed, steps):
+    """Train once, in a folder that is then removed: what was measured, {name: value} of MEASURES."""
+    env_flags, setting_flags = ENVIRONMENTS[env_id][0], SETTINGS[setting][0]
+    _, flags, replacements = VARIANTS[variant]
+    flags = f"--env-id={env_id} {env_flags} {setting_flags} {flags}"  # of two values of a flag the later one counts
+    flags += f" --seed={seed} --total-timesteps={steps} --learning-rate={rate * 2.5e-4}"
+    minibatches, compute_advantages = [], ppo.compute_advantages  # how many minibatches each update learned from
+    ppo_loss = replacements.get("ppo.ppo_loss", ppo.ppo_loss)
+
+    def counting_advantages(*args):
+        minibatches.append(0)
+        return compute_advantages(*args)
+
+    def counting_loss(*args):
+        minibatches[-1] += 1
+        return ppo_loss(*args)
+
+    replacements = replacements | {"ppo.compute_advantages": counting_advantages, "ppo.ppo_loss": counting_loss}
+    with tempfile.TemporaryDirectory() as folder:
+        episodes, error = learning.train(folder, flags, replacements)
+        scalars = read_scalars(folder)
+    if error and "diverged" not in error and error != "no episode ended":
+        raise RuntimeError(f"{env_id} {setting} {variant} {rate} {seed}: {error}")  # no result of the algorithm's
+    args = ppo.parse_args(flags.split())
+    epochs = np.array(minibatches) / args.num_minibatches
+    measured = dict.fromkeys(MEASURES, math.nan) | returns(env_id, episodes, error, steps) | {"error": error}
+    if len(epochs):
+        measured |= {"epochs": epochs.mean(), "ended_early": (epochs < args.update_epochs).mean()}
+    if scalars:
+        kl, clipfrac, explained = (scalars[f"losses/{x}"] for x in ("approx_kl", "clipfrac", "explained_variance"))
+        measured |= {"kl_mean": kl.mean(), "kl_median": np.median(kl), "kl_max": kl.max(), "clipfrac": clipfrac.mean()}
+        explained = explained[np.isfinite(explained)]  # not where all returns of a batch are the same
+        measured |= {"explained_variance": explained.mean(), "explained_variance_median": np.median(explained)}
+    return measured
+
+
+def returns(env_id, episodes, error, steps):
+    """Mean return over the run and of its last 100 episodes. A diverged run has no policy left: the part of the run
+    that it did not reach, and its end, count as an untrained agent's."""
+    curve = np.full(learning.WINDOWS, np.nan)
+    if episodes:
+        curve = learning.curve(*np.transpose(episodes), steps)
+    if error:
+        last = max((step for step, _ in episodes), default=0)
+        unreached = np.arange(learning.WINDOWS) * steps / learning.WINDOWS >= last
+        curve[unreached] = UNTRAINED[env_id]
+        return {"mean_return": np.nanmean(curve), "last_100": UNTRAINED[env_id]}
+    return {"mean_return": np.nanmean(curve), "last_100": np.mean([r for _, r in episodes[-100:]])}
+
+
+def read_scalars(folder):
+    """{tag: values, one for each update} of a run's TensorBoard events; empty if it logged no update."""
+    scalars = {}
+    for path in Path(folder).glob("runs/*/events.*"):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.tag.startswith("losses/"):
+                    scalars.setdefault(value.tag, []).append(value.simple_value)
+    return {tag: np.array(values) for tag, values in scalars.items()}
+
+
+def path_of(results, env_id, setting):
+    return results / "study" / f"{env_id}__{setting}.csv"
+
+
+def read_rows(results, env_id, setting):
+    """{(variant, rate, seed): {name: value} of MEASURES} of a saved file."""
+    path, rows = path_of(results, env_id, setting), {}
+    for row in csv.DictReader(path.open(newline="")) if path.exists() else ():
+        key = (row["variant"], int(row["rate"]), int(row["seed"]))
+        rows[key] = {name: row[name] if name == "error" else float(row[name]) for name in MEASURES}
+    return rows
+
+
+def save_row(results, env_id, setting, key, measured):
+    """Add a run to a saved file. The same runs make the same file, byte by byte, in whatever order they finish."""
+    rows = read_rows(results, env_id, setting) | {key: measured}
+    writer = csv.writer(out := io.StringIO(), lineterminator="\n")
+    writer.writerow((*KEY, *MEASURES))
+    for key in sorted(rows, key=lambda key: (SETTINGS[setting][1].index(key[0]), *key[1:])):
+        values = (rows[key][name] for name in MEASURES)
+        writer.writerow((*key, *(x if isinstance(x, str) else f"{x:.5g}" for x in values)))
+    learning.replace(path_of(results, env_id, setting), out.getvalue().encode())
+
+
+def run_all(results, env_ids, seeds, workers, divisor):
+    """Run what is not saved yet. study_facts.json keeps where and when."""
+    path, where = results / "study_facts.json", learning.machine()
+    machines = json.loads(path.read_text()) if path.exists() else {}
+    saved = {(e, setting): read_rows(results, e, setting) for e in env_ids for setting in ENVIRONMENTS[e][1]}
+    jobs = []
+    for env_id in env_ids:
+        for seed in range(1, seeds + 1):  # seed by seed, so that all comparisons grow at the same pace
+            for setting in ENVIRONMENTS[env_id][1]:
+                keys = [(variant, rate, seed) for variant in SETTINGS[setting][1] for rate in RATES]
+                jobs += [(env_id, setting, *key) for key in keys if key not in saved[env_id, setting]]
+    calls = {job: (*job, STEPS // divisor) for job in jobs}
+    for (env_id, setting, *key), measured in learning.in_parallel(run, calls, workers):
+        save_row(results, env_id, setting, tuple(key), measured)
+        first, _ = machines.get(where, [str(date.today())] * 2)
+        machines[where] = [first, str(date.today())]
+        learning.replace(path, (json.dumps(machines, indent=1) + "\n").encode())
+    return jobs
+
+
+def measure(rows, variant, rate, name="mean_return"):
+    """{seed: value}"""
+    return {seed: row[name] for (v, r, seed), row in rows.items() if (v, r) == (variant, rate)}
+
+
+def differences(values, default):
+    """[one difference per seed]. Paired: two runs of a seed start from the same states and weights, mostly."""
+    return [values[seed] - default[seed] for seed in sorted(values) if seed in default]
+
+
+def effect(rows, variant, rate, name="mean_return"):
+    """Variant minus default at this rate, [one difference per seed]."""
+    return differences(measure(rows, variant, rate, name), measure(rows, "default", rate, name))
+
+
+def best_rate(rows, variant, seeds):
+    """The rate with the highest mean return over these seeds."""
+    return max(RATES, key=lambda rate: np.mean([rows[variant, rate, seed]["mean_return"] for seed in seeds]))
+
+
+def at_best_rate(rows, variant):
+    """{seed: return at the variant's best rate} and the rates chosen. The best for the odd seeds is chosen on the even
+    ones and the other way round, so that no run is reported that had a part in the choice."""
+    seeds = {seed for *_, seed in rows if all((variant, rate, seed) in rows for rate in RATES)}
+    halves = [{seed for seed in seeds if seed % 2 == half} for half in (0, 1)]
+    if not all(halves):
+        return {}, []
+    rates = [best_rate(rows, variant, half) for half in halves]
+    chosen = zip(rates, reversed(halves), strict=True)
+    values = {seed: rows[variant, rate, seed]["mean_return"] for rate, half in chosen for seed in half}
+    return values, sorted({*rates})
+
+
+def effect_at_best(rows, variant):
+    """Variant minus default, each at its own best rate, [one difference per seed]."""
+    return differences(at_best_rate(rows, variant)[0], at_best_rate(rows, "default")[0])
+
+
+def working_rates(rows, variant, untrained):
+    """The rates at which the mean return is within 10 % of the default's at its best rate, an untrained agent's being
+    0 %; and the interval of their number. ([], None) if a rate has no run yet."""
+    seeds = {seed for *_, seed in rows if all((v, r, seed) in rows for v in (variant, "default") for r in RATES)}
+    if not seeds:
+        return [], None
+    ours, default = (
+        np.array([[rows[v, rate, seed]["mean_return"] - untrained for rate in RATES] for seed in sorted(seeds)])
+        for v in (variant, "default")
+    )
+
+    def works(ours, default):  # mean returns, (..., rates)
+        return ours >= 0.9 * default.max(axis=-1, keepdims=True)
+
+    chosen = np.random.default_rng(0).integers(len(seeds), size=(10_000, len(seeds)))
+    numbers = works(ours[chosen].mean(axis=1), default[chosen].mean(axis=1)).sum(axis=1)
+    working = works(ours.mean(axis=0), default.mean(axis=0))
+    return [r for r, w in zip(RATES, working, strict=True) if w], np.percentile(numbers, [2.5, 97.5])
+
+
+def excludes_zero(values):
+    low, high = learning.interval(values) if len(values) > 1 else (0, 0)
+    return low > 0 or high < 0
+
+
+def describe(values):
+    """Mean and interval of differences, bold where the interval excludes zero."""
+    if not values:
+        return ""
+    low, high = learning.interval(values)
+    text = f"{np.mean(values):+.0f} ({low:+.0f} to {high:+.0f})"
+    return f"**{text}**" if excludes_zero(values) else text
+
+
+def mean_of(rows, variant, rate, name, form):
+    values = [x for x in measure(rows, variant, rate, name).values() if math.isfinite(x)]
+    return format(np.mean(values), form) if values else ""
+
+
+def grid_table(rows, variants, name):
+    """Effects at each rate; the first row is the default's own return."""
+    lines = [("default", *(mean_of(rows, "default", rate, name, ".0f") for rate in RATES))]
+    lines += [(VARIANTS[v][0], *(describe(effect(rows, v, r, name)) for r in RATES)) for v in variants[1:]]
+    return learning.table(("", *(f"rate x {rate}" for rate in RATES)), lines)
+
+
+def summary_table(rows, variants, untrained):
+    header = ("", "runs", "same as default", "effect at the default rate", "at the best rates", "best rates", "working")
+    lines = []
+    for v in variants:  # the first is the default
+        same = sum(row == rows.get(("default", *key)) for (variant, *key), row in rows.items() if variant == v)
+        at_best, best = at_best_rate(rows, v)
+        effects = ["", "", f"{np.mean([*at_best.values()]):.0f}" if at_best else ""]
+        if v != "default":
+            effects = [same, describe(effect(rows, v, 1)), describe(effect_at_best(rows, v))]
+        working, number = working_rates(rows, v, untrained)
+        working = ", ".join(map(str, working)) or "none"
+        if number is not None:
+            working += f" ({number[0]:.0f} to {number[1]:.0f} rates)"
+        runs = sum(variant == v for variant, *_ in rows)
+        lines.append((VARIANTS[v][0], runs, *effects, " or ".join(map(str, best)), working))
+    return learning.table(header, lines)
+
+
+def mechanism_table(rows, variants):
+    header = (
+        "",
+        "rate",
+        "return",
+        "diverged",
+        "approx_kl: mean",
+        "median",
+        "highest",
+        "clipfrac",
+        "explained variance",
+    )
+    lines = []
+    for v, rate in [(v, rate) for v in variants for rate in RATES]:
+        errors = list(measure(rows, v, rate, "error").values())
+        kl = [mean_of(rows, v, rate, f"kl_{x}", ".4f") for x in ("mean", "median", "max")]
+        numbers = [
+            mean_of(rows, v, rate, "clipfrac", ".3f"),
+            mean_of(rows, v, rate, "explained_variance_median", ".2f"),
+        ]
+        numbers += [mean_of(rows, v, rate, "epochs", ".2f"), mean_of(rows, v, rate, "ended_early", ".0%")]
+        diverged = f"{sum(map(bool, errors))} of {len(errors)}"
+        lines.append(
+            (VARIANTS[v][0], f"x {rate}", mean_of(rows, v, rate, "mean_return", ".0f"), diverged, *kl, *numbers)
+        )
+    return learning.table((*header, "epochs", "updates ended early"), lines)
+
+
+def write_tables(results):
+    machines = json.loads((results / "study_facts.json").read_text())
+    where = "; ".join(f"{' to '.join(sorted(set(dates)))}, {name}" for name, dates in machines.items())
+    sections, compared = [], []
+    for env_id, (env_flags, settings) in ENVIRONMENTS.items():
+        for setting in settings:
+            rows, (flags, variants) = read_rows(results, env_id, setting), SETTINGS[setting]
+            for name in ("mean_return", "last_100"):
+                compared += [effect(rows, v, rate, name) for v in variants[1:] for rate in RATES]
+            compared += [effect_at_best(rows, v) for v in variants[1:]]
+            shown = [v for v in variants if v in REUSE]
+            sections.append(f"""## {env_id}, {setting}
+
+`{" ".join([env_flags, flags]).strip()}`
+
+{summary_table(rows, variants, UNTRAINED[env_id])}
+
+Effect on the return over the run; first the default's own:
+
+{grid_table(rows, variants, "mean_return")}
+
+Effect on the return of the last 100 episodes:
+
+{grid_table(rows, variants, "last_100")}
+
+What the updates did, means over seeds:
+
+{mechanism_table(rows, shown)}
+""")
+    untrained = ", ".join(f"{env_id}: {value:.0f}" for env_id, value in UNTRAINED.items())
+    compared = [x for x in compared if any(x)]
+    found = sum(map(excludes_zero, compared))
+    text = f"""# When does each detail matter?
+
+`python -m benchmark.study`, {where}; one torch thread for each run.
+
+{STEPS:,} steps, learning rate 2.5e-4 times {", ".join(map(str, RATES))}. The numbers are those of the details in
+ppo.py: each is switched off alone (a bonus: on). Return over the run is the mean of the learning curve of
+{learning.WINDOWS} points, each the mean return of the episodes that ended in that part of the run's steps. Effects are
+differences to the default's run of the same seed; after their mean, its 95 % percentile bootstrap interval; bold where
+it excludes zero. "Same as default" counts the runs that are the default's in all that was measured: there, what was
+switched never acted.
+
+At the best rates: each side at its own best rate. The best for the odd seeds is chosen on the even ones and the other
+way round, so no run is reported that had a part in the choice. Working: the rates at which the mean return is within
+10 % of the default's at its best rate, where an untrained agent ({untrained}) is 0 %;
+and the 95 % interval of their number.
+
+A run that diverged (its parameters were not finite any more) is a result: what it did not reach, and its last 100
+episodes, count as an untrained agent's. approx_kl is that of each update's last minibatch; the mean, median and highest
+of the updates. clipfrac is what leaves 1 ± 0.2, also where nothing is clipped. Explained variance is the median of the
+updates. Epochs are how many an update had, as --target-kl may end one early.
+
+Chance: {len(compared)} intervals below compare a variant with the default (without those where it never acted), and
+{found} exclude zero. If nothing had any effect, 5 % would by chance: {0.05 * len(compared):.0f}. In truth about 10 %,
+{0.1 * len(compared):.0f}, as a percentile interval of ten values is too narrow (tried with normal values). A single
+bold interval that hardly excludes zero is therefore weak evidence; several in a row are not.
+
+{chr(10).join(sections)}"""
+    learning.replace(results / "study.md", text.encode())
+    print(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--environments", nargs="+", default=list(ENVIRONMENTS), choices=list(ENVIRONMENTS))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--steps-divisor", type=int, default=1, help="shorten every run, to try the study itself")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, make the tables of the saved runs anew")
+    parser.add_argument(
+        "--results", type=Path, default=learning.RESULTS, help="folder for the tables and the saved runs"
+    )
+    args = parser.parse_args()
+    if not args.table_only:
+        run_all(args.results, args.environments, args.seeds, args.workers, args.steps_divisor)
+    write_tables(args.results)
+
+
+if __name__ == "__main__":
+    main()
