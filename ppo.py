@@ -126,7 +126,7 @@ def make_envs(args, num_envs, seed, video=None, render_mode=None):
     elif args.vectorization_mode == "async":
         envs = gym.vector.AsyncVectorEnv(thunks, worker=functools.partial(worker, seed), **options)
     else:
-        envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="vector_entry_point")
+        envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="vector_entry_point")  # without make_env
     actions, observations = envs.single_action_space, envs.single_observation_space
     if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
         raise ValueError(f"its actions are {actions}, not Discrete from 0 (Box: python -m variants.continuous_action)")
@@ -168,7 +168,7 @@ class Agent(nn.Module):
 
     def get_action_and_value(self, obs, action=None):
         """Returns the action, drawn unless it is given, log pi(a|s), the policy's entropy in nats, V(s): (batch,)."""
-        # What torch's Categorical and multinomial do, less their checks, a tenth of the time: argmax p / Exp(1) draws.
+        # What torch's Categorical and multinomial do, less their costly checks: argmax p / Exp(1) is a draw from p.
         logits = self.actor(obs.float())
         logprobs = logits - logits.logsumexp(-1, keepdim=True)  # log pi(.|s): (batch, num_actions)
         if action is None:
@@ -224,8 +224,8 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
     # Detail 8: the ratio makes up for judging the new policy by actions that the old one drew. But the advantages are
     # the old one's, too: far from it they are wrong, and a policy ruined by them collects the next batch. So the loss
-    # is flat where a good action (A > 0) is likelier by more than clip_coef, or a bad one rarer; where a good one got
-    # rarer, or a bad one likelier, the max keeps the slope back. ([PPO] equation 7: a min, to maximize)
+    # is flat once a good action's (A > 0) ratio is above 1 + clip_coef, or a bad one's below 1 - clip_coef; a ratio
+    # that went the other way still feels the slope back, thanks to the max. ([PPO] equation 7: a min, to maximize)
     pg_loss1 = -mb_advantages * ratio
     pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
@@ -244,8 +244,8 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
     # Debug variables. KL(pi_old || pi_new), how far the policy has moved, in nats: k1 (old_approx_kl) is noisy, may be
     # negative; k3 (approx_kl) is less noisy, never negative (joschu.net/blog/kl-approx.html). clipfrac: the part of the
-    # samples beyond the clip range. Healthy, in our runs: KL 0.001 to 0.02, clipfrac up to 0.2; more: lower the rate.
-    with torch.no_grad():
+    # samples beyond the clip range. Near 0 nothing moves; over 0.02 (KL) or 0.2 (clipfrac), lower the rate.
+    with torch.no_grad():  # these are for looking; what is to be learned belongs into the loss
         stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss}
         stats["old_approx_kl"] = (-logratio).mean()
         stats["approx_kl"] = ((ratio - 1) - logratio).mean()
@@ -339,7 +339,6 @@ def train(args, make_envs=make_envs, Agent=Agent):
 
 
 # Part two: the run ----------------------------------------------------------------------------------------------------
-# What keeps a run alive and recorded, in the order in which it is needed: flags, environments, the run, checkpoints.
 # /// script
 # requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.6,<3", "gymnasium[classic-control]>=1.4,<2", "numpy>=1.26,<3", "cloudpickle>=3,<4",
@@ -348,8 +347,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
-def fail(message, exit_code=2):
-    """Exit with one line on standard error. Exit code 2: the input was wrong; 1: the run broke."""
+def fail(message, exit_code=2):  # exit codes: 2, the input was wrong; 1, the run broke
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(exit_code)
 
@@ -421,8 +419,7 @@ def worker(seed, index, *connection):
 
 
 class Run:
-    """``with Run(args) as run``: makes the environments, logs, saves, stops in good order. Exit code 2: the environment
-    or W&B cannot be used, nothing was written; 1: the run broke; 128 + its number: a signal stopped it."""
+    """Exit code 2: the run could not begin, nothing was written; 1: it broke; 128 + its number: a signal stopped it."""
 
     def __init__(self, args):
         self.args, self.stop_signal, self.returns, self.logged_videos = args, None, [], set()
@@ -436,8 +433,8 @@ class Run:
             self.folder = Path(args.resume) if args.resume else new_folder(args)
             resumed = f"from-step-{self.first_step}__{int(time.time())}" if args.resume else ""
             self.video_folder = Path("videos", self.folder.resolve().name, resumed)
-        use_cuda = args.cuda and torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = torch.device(gpu if args.cuda and torch.cuda.is_available() else "cpu")
 
     def __enter__(self):
         for number in STOP_SIGNALS:
@@ -459,36 +456,35 @@ class Run:
         args = self.args
         video = {"video_folder": self.video_folder} if args.capture_video and args.rank == 0 else None
         self.envs = make_envs(args, args.local_num_envs, self.seed, video)
-        usable = args.num_steps if resets_in_same_step(self.envs) else args.num_steps // 2  # the others may only reset
-        if usable * args.num_envs < 2 * args.num_minibatches * args.world_size:
+        usable = args.num_steps // 2 * args.num_envs  # every other step may only reset
+        if not resets_in_same_step(self.envs) and usable < 2 * args.num_minibatches * args.world_size:
             fail(f"--num-steps {args.num_steps}: the steps that only reset may leave too few for --num-minibatches")
         return self.envs
 
     def start(self, agent, optimizer, next_obs, next_done):
         """Open the logs; go on as the checkpoint says, if there is one. Returns global_step, next_obs and next_done."""
-        args = self.args
-        if args.rank == 0:
+        if self.args.rank == 0:
             self.open_logs()
-        if args.world_size > 1:
+        if self.args.world_size > 1:
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
             for parameter in agent.parameters():  # all processes start from the same ones
                 torch.distributed.broadcast(parameter.data, 0)
-        if args.resume:
+        if self.args.resume:
             agent.load_state_dict(self.checkpoint["agent"])
             optimizer.load_state_dict(self.checkpoint["optimizer"])
-            generators, envs = (x.numpy().tobytes() for x in self.checkpoint["processes"][args.rank])
+            generators, envs = (x.numpy().tobytes() for x in self.checkpoint["processes"][self.args.rank])
             generators = cloudpickle.loads(generators)
             random.setstate(generators["random"])
             np.random.set_state(generators["numpy"])
             torch.set_rng_state(generators["torch"])
             torch.cuda.set_rng_state_all(generators["cuda"])
             try:
-                envs, next_obs, next_done = cloudpickle.loads(envs)
+                envs, next_obs, next_done = cloudpickle.loads(envs)  # this runs code: resume no stranger's run
                 self.envs.__dict__.update(envs.__dict__)  # in place, as the agent may refer to them
             except Exception:
                 self.say("note: these environments could not be saved or restored, so new episodes start")
-        steps = {"total": args.num_updates * args.batch_size, "initial": self.first_step}
-        self.bar = tqdm(**steps, unit="step", disable=args.rank > 0 or not sys.stderr.isatty())
+        steps = {"total": self.args.num_updates * self.args.batch_size, "initial": self.first_step}
+        self.bar = tqdm(**steps, unit="step", disable=self.args.rank > 0 or not sys.stderr.isatty())
         self.start_time = self.saved_time = time.perf_counter()
         return self.first_step, next_obs, next_done
 
@@ -514,20 +510,17 @@ class Run:
         for name, value in facts.items():
             self.say(f"{name}={value}")
 
-    def log(self, scalars):
-        for tag, value in scalars.items() if self.writer else []:
-            self.writer.add_scalar(tag, value, self.global_step)
-
     def log_episodes(self, infos, global_step):
         """Print each finished episode; TensorBoard gets one point for those that end in the same step, their mean."""
         self.global_step = global_step
-        if "episode_statistics" in infos:
+        if "episode_statistics" in infos and self.writer:
             finished = infos["_episode_statistics"]  # a mask: (num_envs,); below, one entry for each finished episode
-            returns, lengths = (infos["episode_statistics"][key][finished] for key in "rl")
+            returns, lengths = (infos["episode_statistics"][key][finished] for key in ("r", "l"))
             for r, length in zip(returns, lengths, strict=True):
                 self.say(f"global_step={global_step}, episodic_return={r}, episodic_length={length}")
             self.returns = [*self.returns, *returns][-100:]
-            self.log({"charts/episodic_return": returns.mean(), "charts/episodic_length": lengths.mean()})
+            self.writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
+            self.writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
 
     def log_update(self, update, optimizer, loss, stats, obs, rewards):
         """Log stats, averaged over the processes of torchrun. Exit code 1: something is not finite any more."""
@@ -538,8 +531,10 @@ class Run:
             fail(f"update {update} (step {self.global_step}) diverged: lower --learning-rate, or scale the rewards", 1)
         sps = int((self.global_step - self.first_step) / (time.perf_counter() - self.start_time))
         means = self.mean([value.item() for value in stats.values()])
-        self.log({f"losses/{name}": value for name, value in zip(stats, means, strict=True)})
-        self.log({"charts/SPS": sps, "charts/learning_rate": optimizer.param_groups[0]["lr"]})
+        scalars = {f"losses/{name}": mean for name, mean in zip(stats, means, strict=True)}
+        scalars |= {"charts/SPS": sps, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        for tag, value in scalars.items() if self.writer else ():
+            self.writer.add_scalar(tag, value, self.global_step)
         self.bar.set_postfix(SPS=sps, mean_return=np.mean(self.returns or [np.nan]), refresh=False)
         self.bar.update(self.args.batch_size)
         sys.stdout.flush()  # redirected output is complete up to this update
@@ -554,8 +549,7 @@ class Run:
             parameter.grad /= self.args.world_size
 
     def mean(self, x):
-        """x, a number or a list of numbers, averaged over the processes of torchrun: a float64 array."""
-        x = torch.as_tensor(x, dtype=torch.float64).cpu()
+        x = torch.as_tensor(x, dtype=torch.float64).cpu()  # a number or a list of them, to be averaged over torchrun's
         if self.args.world_size > 1:
             torch.distributed.all_reduce(x)
         return x.numpy() / self.args.world_size
@@ -620,13 +614,12 @@ class Run:
 
 
 def explain(error, args, global_step, began):
-    """Environments raise anything: if the error came from them, fail with one line that says when and why, instead of a
-    traceback of ours. Exit code 2: the run could not begin; 1: it broke later."""
+    """Environments raise anything: if the error is theirs, fail with one line that says when and why."""
     frames = extract_tb(error.__traceback__)
-    from_environment = any("gymnasium" in x.filename for x in frames) or isinstance(error, ValueError) and not began
+    from_environment = any("gymnasium" in x.filename for x in frames) or any(x.name == "make_envs" for x in frames)
     if isinstance(error, KeyboardInterrupt) or frames[-1].name == "fail" or not from_environment:
         return
-    reason = f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {error} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
     if isinstance(error, (EOFError, ConnectionError)):
         reason = "a process of its own died"
     elif isinstance(error, ModuleNotFoundError):
@@ -636,8 +629,7 @@ def explain(error, args, global_step, began):
     fail(f"--env-id {args.env_id} ({flags}) {when}: {reason}", 1 if began else 2)
 
 
-def new_folder(args):
-    """A folder in runs/; its name ends in the first second, from now on, that no other run has taken."""
+def new_folder(args):  # its name ends in the first second, from now on, that no other run has taken
     name, second = re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"), int(time.time())
     Path("runs").mkdir(exist_ok=True)
     while True:
@@ -649,7 +641,7 @@ def new_folder(args):
 
 def save_checkpoint(folder, checkpoint):
     """Write it to folder/checkpoint.pt, whole or not at all. Exit code 1: it cannot be written."""
-    torch.save(checkpoint, buffer := io.BytesIO())
+    torch.save(checkpoint, buffer := io.BytesIO())  # not to the file, as torch would not say that a disk is full
     try:
         with open(folder / "checkpoint.tmp", "wb") as file:
             file.write(buffer.getbuffer())
@@ -671,14 +663,12 @@ def load_checkpoint(folder):
         keys = "args program update wandb_id agent optimizer processes"
         return os.path.dirname(path), {key: checkpoint[key] for key in keys.split()}
     except Exception as error:  # a file can be wrong in many ways
-        damaged = f"{path} is not a whole checkpoint of ppo.py: {type(error).__name__}"
-        fail(error if getattr(error, "filename", None) else damaged)
+        fail(f"{path} is not a whole checkpoint of ppo.py: {type(error).__name__}")
 
 
 def main(argv=None, make_envs=make_envs, Agent=Agent, **defaults):
     """Train as the flags say; a variant gives its own environments, agent and defaults of the flags."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if it was closed
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
     args = parse_args(argv, **defaults)
     try:
         return train(args, make_envs, Agent)

@@ -6,6 +6,7 @@
 Plays one episode with the likeliest actions and writes every other frame of its first seconds to results/cartpole.gif.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -14,17 +15,16 @@ from PIL import Image
 
 import ppo
 
-checkpoint = ppo.load_checkpoint(sys.argv[1])
-env = ppo.make_env(checkpoint["args"]["env_id"], seed=3, render_mode="rgb_array")()
-agent = ppo.Agent(env.observation_space.shape[0], env.action_space.n)
+_, checkpoint = ppo.load_checkpoint(sys.argv[1])
+envs = ppo.make_envs(argparse.Namespace(**checkpoint["args"]), 1, seed=3, render_mode="rgb_array")
+agent = ppo.Agent(envs)
 agent.load_state_dict(checkpoint["agent"])
-obs, _ = env.reset(seed=3)
+obs, _ = envs.reset(seed=3)
 frames = []
 for step in range(240):
-    action = agent.actor(torch.as_tensor(obs)[None]).argmax().item()
-    obs, *_ = env.step(action)
+    obs, *_ = envs.step(agent.actor(torch.from_numpy(obs)).argmax(-1).numpy())
     if step % 2 == 0:
-        frame = Image.fromarray(env.render()).crop((100, 130, 500, 330)).resize((300, 150))
+        frame = Image.fromarray(envs.unwrapped.render()[0]).crop((100, 130, 500, 330)).resize((300, 150))
         frames.append(frame.convert("P", palette=Image.Palette.ADAPTIVE, colors=16))
 path = Path(__file__).parent / "results" / "cartpole.gif"
 frames[0].save(path, save_all=True, append_images=frames[1:], duration=40, loop=0, optimize=True)

@@ -1,12 +1,10 @@
 """Environments with known answers, and some that break. Their ids are environments:Counting-v0 and so on."""
 
 import os
-import random
 import signal
 
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.vector import AutoresetMode
 
 LENGTHS = 1, 3, 5, 2  # episode k of sub-environment i has LENGTHS[(i + k) % 4] steps; odd ones are truncated
@@ -85,28 +83,8 @@ class Breaking(gym.Env):
         return np.zeros(2, np.float32), 1.0, False, False, {}
 
 
-class Drawing(gym.Env):
-    """Its reward is drawn from a generator that all of a process share; an episode is one step."""
-
-    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
-
-    def __init__(self, generator):
-        self.draw = {"random": random.random, "numpy": np.random.random, "torch": lambda: torch.rand(()).item()}[
-            generator
-        ]
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(2, np.float32), {}
-
-    def step(self, action):
-        return np.zeros(2, np.float32), self.draw(), True, False, {}
-
-
 for vector_env in (Counting, CountingSameStep, CountingUntagged):
     gym.register(f"{vector_env.__name__}-v0", vector_entry_point=vector_env)
 for how in ("raises", "exits", "killed"):
     for which in range(4):
         gym.register(f"{how.capitalize()}{which}-v0", Breaking, kwargs={"how": how, "which": which})
-for generator in ("random", "numpy", "torch"):
-    gym.register(f"Drawing-{generator}-v0", Drawing, kwargs={"generator": generator})

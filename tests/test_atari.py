@@ -18,6 +18,7 @@ from benchmark import plain_atari
 from variants.atari import DEFAULTS, Agent, LostLives, make_envs
 
 SMALL = "--num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1 "
+SLOW = "--total-timesteps 4096 --update-epochs 2 --ent-coef 0.1 --env-id ALE/Pong-v5 --max-grad-norm 0.1 --seed 5"
 
 
 class KeepingAgent(Agent):
@@ -90,10 +91,12 @@ def test_the_agent_sees_the_last_four_pictures_each_the_brighter_of_two_frames_i
 
 
 def test_games_begin_after_fire_and_up_to_29_frames_in_which_nothing_is_done():
-    envs = environments("--num-envs 100")
-    first, again = (envs.reset(seed=1)[1]["frame_number"] for _ in range(2))
-    assert 1 <= first.min() < first.max() <= 29 and len(set(first)) > 10
-    assert (first == again).all() and (first != envs.reset(seed=101)[1]["frame_number"]).any()
+    envs = environments("--num-envs 1")
+    starts = [int(envs.reset(seed=seed)[1]["frame_number"][0]) for seed in (1, 1, 2)]
+    assert starts[0] == starts[1] != starts[2], "not by the seed"
+    games = envs.unwrapped
+    starts = {int(games.reset()[1]["episode_frame_number"][0]) for _ in range(200)}
+    assert 1 <= min(starts) < 5 and 25 < max(starts) <= 29
 
 
 def test_actions_are_never_replaced_by_the_last_one():
@@ -121,11 +124,12 @@ def test_the_learner_gets_signs_and_the_record_gets_points():
     games, _ = plain_game(2, 1, "space_invaders", life_loss_info=True)
     rng, points, learned, records = np.random.default_rng(0), np.zeros(2), set(), 0
     lost, over = np.zeros((2, 2), bool)
-    for _ in range(1500):
+    for _ in range(1000):
         actions = rng.integers(0, 6, 2)
-        _, rewards, _, _, infos = envs.step(actions)
+        _, rewards, terminations, truncations, infos = envs.step(actions)
         learned |= set(rewards.tolist())
         _, raw, terminated, truncated, raw_infos = games.step(np.where(lost, 1, actions))  # 1 is fire
+        assert (terminations == terminated).all() and (truncations == truncated).all()
         points = np.where(over, 0, points + raw)
         lost = terminated & (raw_infos["lives"] > 0)
         over = (terminated | truncated) & ~lost
@@ -173,21 +177,21 @@ def test_a_game_without_a_fire_button_or_lives_is_one_episode():
 
 
 def test_advantages_end_at_a_lost_life_and_the_step_after_it_is_not_learned_from(train, monkeypatch):
-    seen, compute = [], ppo.compute_advantages
+    seen, compute = {}, ppo.compute_advantages
 
-    def keep(*args):
-        seen.append((args[2].copy(), compute(*args)))
-        return seen[-1][1]
+    def keep(rewards, values, dones, *options):
+        seen.update(rewards=rewards.copy(), values=values.copy(), dones=dones.copy())
+        seen["advantages"], returns = compute(rewards, values, dones, *options)
+        return seen["advantages"], returns
 
     monkeypatch.setattr(ppo, "compute_advantages", keep)
     KeepingAgent.kept.clear()
-    train(SMALL + "--num-steps 256 --total-timesteps 512", KeepingAgent)
-    ((dones, (advantages, _)),) = seen
+    _, out = train(SMALL + "--num-steps 256 --total-timesteps 512", KeepingAgent)
+    ends = seen["dones"][1:] == 1
+    assert ends.sum() >= 2 * len(parse_episodes(out)) > 0, "no lives were lost, but for the last"
+    assert (seen["advantages"] == seen["rewards"] - seen["values"][:-1])[ends].all()
     learned = sum(len(action) for _, action in KeepingAgent.kept)
-    assert dones[:-1].sum() >= 4 and learned == 512 - dones[:-1].sum()
-    t, i = np.argwhere(dones[1:-1] == 1)[0]
-    args = ppo.parse_args(SMALL.split(), **DEFAULTS)
-    assert args.gamma * args.gae_lambda > 0.9 and advantages[t, i] != pytest.approx(advantages[t + 1, i], abs=1e-12)
+    assert learned == 512 - ends[:-1].sum()
 
 
 def test_pixels_are_divided_by_255_wherever_the_network_is_used():
@@ -208,9 +212,10 @@ def test_actor_and_critic_share_one_network_and_one_pass():
         agent.zero_grad()
         output.backward(retain_graph=True)
         assert all(x.grad.abs().sum() > 0 for x in agent.network.parameters())
-    assert agent.get_value(obs).allclose(value) and agent.get_best_action(obs).shape == (6,)
+    assert agent.get_value(obs).allclose(value)
     logits = agent.actor(agent.network(obs / 255))
     assert logprob.allclose(logits.log_softmax(-1)[range(6), action]) and logits.abs().max() < 0.1
+    assert agent.get_best_action(obs).equal(logits.argmax(-1))
 
 
 def test_buffers_hold_bytes(train):
@@ -219,13 +224,12 @@ def test_buffers_hold_bytes(train):
     assert {obs.dtype for obs, _ in KeepingAgent.kept} == {torch.uint8}
 
 
-def test_equals_a_plain_loop_to_the_last_bit(train, capsys):
-    flags = (
-        "--num-envs 4 --num-steps 64 --num-minibatches 3 --update-epochs 1 --total-timesteps 2048 --num-minibatches 4"
-    )
+@pytest.mark.parametrize("flags", ["--total-timesteps 1024", pytest.param(SLOW, marks=pytest.mark.slow)])
+def test_equals_a_plain_loop_to_the_last_bit(train, capsys, flags):
+    flags = f"--num-envs 4 --num-steps 64 --update-epochs 1 {flags}"
     agent, out = train(flags)
     plain = plain_atari.train(ppo.parse_args(flags.split(), **DEFAULTS))
-    assert parse_episodes(out) == parse_episodes(capsys.readouterr().out) and len(parse_episodes(out)) > 5
+    assert parse_episodes(out) == parse_episodes(capsys.readouterr().out) and parse_episodes(out)
     params = dict(plain.named_parameters())
     assert all(params.pop(name).equal(x) for name, x in agent.named_parameters()) and not params
 
@@ -235,16 +239,16 @@ def test_videos_are_of_whole_games(train):
     _, _, length = parse_episodes(out)[0]
     (video,) = Path("videos").glob("*/*episode-0.mp4")
     pictures = frames(video)
-    assert len(pictures) == length + 1 and pictures[0].shape == (336, 336, 3)
+    assert length <= len(pictures) <= length + 1 and pictures[0].shape == (336, 336, 3)  # moviepy may lose the last
     assert any((a != b).any() for a, b in zip(pictures, pictures[1:], strict=False))
 
 
 def test_resumes_and_is_watched(train, capsys):
-    train(SMALL + "--num-envs 1 --num-steps 256 --no-anneal-lr --total-timesteps 256")
+    train(SMALL + "--num-envs 1 --num-steps 200 --no-anneal-lr --total-timesteps 200")
     saved = ppo.load_checkpoint(str(folder()))[1]["agent"]
-    args = f"{SMALL} --num-envs 1 --num-steps 256 --no-anneal-lr --total-timesteps 512 --resume {folder()}"
+    args = f"{SMALL} --num-envs 1 --num-steps 200 --no-anneal-lr --total-timesteps 400 --resume {folder()}"
     agent, out = train(args)
-    assert "new episodes start" in out and parse_episodes(out)[0][0] > 256
+    assert "new episodes start" in out and parse_episodes(out)[0][0] > 200
     assert agent.actor.bias.dist(saved["actor.bias"]) < 0.01
     evaluate.main([str(folder()), "--episodes", "1", "--capture-video"])
     assert "mean=" in capsys.readouterr().out and len(list(Path("videos").glob("*/evaluation/*.mp4"))) == 1
@@ -280,7 +284,7 @@ class Lamps(gym.Env):
         return obs
 
     def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
+        super().reset(seed=seed if seed is None else int(seed))
         self.steps = 0
         return self.picture(), {"lives": 0}
 

@@ -72,7 +72,7 @@ gym.register("WithoutRenderMode-v0", WithoutRenderMode)
         ("--env-id Mission-v0", ["mission", "no fixed size"]),
         ("--env-id Uninstalled-v0", ["gymnasium[box2d]"]),
         ("--env-id nomodule:X-v0", ["nomodule", "searched: ", "PYTHONPATH"]),
-        ("--env-id NoFixedSize-v0 --capture-video", ["Sequence"]),
+        ("--env-id Pendulum-v1 --capture-video", ["not Discrete"]),
         ("--env-id Exploding-v0 --capture-video", ["--capture-video"]),
         ("--total-timesteps 511", ["--total-timesteps 511", "512 steps"]),
         ("--total-timesteps 0", ["--total-timesteps", "between 1 and"]),

@@ -65,7 +65,8 @@ def test_names_with_slashes_stay_inside_runs(run):
 
 def test_importing_has_no_side_effect_and_a_plain_run_does_not_import_wandb_or_moviepy(workdir):
     code = (
-        "import os, random, sys, numpy, torch; s = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state();"
+        "import os, random, sys, numpy, torch;"
+        "s = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state();"
         "threads = torch.get_num_threads(); import ppo;"
         "assert s[:2] == (random.getstate(), str(numpy.random.get_state())) and s[2].equal(torch.get_rng_state());"
         "assert threads == torch.get_num_threads() and not os.listdir() and 'pygame' not in sys.modules;"

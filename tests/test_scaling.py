@@ -13,8 +13,6 @@ import pytest
 import torch
 from conftest import ROOT, launch, left_behind, result_of, scalars, torchrun
 from environments import LENGTHS
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import ppo
 
@@ -105,55 +103,34 @@ def test_each_real_step_is_learned_from_once_an_epoch_and_no_dummy_step_ever_is(
 def test_truncation_bootstraps_the_final_observation_s_value(env, watched):
     flags = "--num-envs 4 --num-steps 64 --total-timesteps 256 --bootstrap-truncation --learning-rate 0"
     seen = watched(f"--env-id environments:{env}-v0 {VECTOR} {flags}")
-    (rewards, values, dones), time_step = seen.rollouts[0], np.zeros(4, int)
+    rewards, values, dones = seen.rollouts[0]
+
+    def value_of(*obs):
+        return seen.run.agent.get_value(torch.tensor(obs)).item()
+
     for i in range(4):
         t, episode = 0, 0
         while t + LENGTHS[(i + episode) % 4] <= 64:
             length = LENGTHS[(i + episode) % 4]
             t += length
             assert dones[t, i] == 1
-            value = seen.run.agent.get_value(torch.tensor([i, episode, length, 1.0])).item()
+            value = value_of(i, episode, length, 1.0)
             added = 0.99 * value if episode % 2 else 0.0
             assert rewards[t - 1, i] == pytest.approx(length + added, abs=1e-5)
             if env != "CountingSameStep":
                 assert values[t, i] == pytest.approx(value, abs=1e-5)
                 t += 1
             episode += 1
-        time_step[i] = t
-    assert time_step.min() > 58
+        if t < 64:  # the rollout ends in the middle of an episode
+            assert dones[64, i] == 0
+            assert values[64, i] == pytest.approx(value_of(i, episode, 64 - t, 0.0), abs=1e-5)
+        assert t > 58
 
 
 @pytest.mark.parametrize("shape", ["--num-envs 2 --num-steps 2 --num-minibatches 2", "--num-minibatches 256"])
 def test_minibatches_that_reset_steps_may_leave_too_small_are_refused(shape, fails):
     code, line = fails(f"{VECTOR} {shape}")
     assert code == 2 and "--num-minibatches" in line
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 25), st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 1), st.booleans(), st.floats(0.05, 1)
-)
-def test_advantages_stop_at_next_step_boundaries(num_steps, seed, gamma, gae_lambda, gae, end_probability):
-    """Each episode's, by the definition: the sum of its later TD errors. What dummy steps hold must not matter."""
-    rng, num_envs = np.random.default_rng(seed), 3
-    rewards = rng.normal(size=(num_steps, num_envs)).astype(np.float32)
-    values = rng.normal(size=(num_steps + 1, num_envs)).astype(np.float32)
-    dones = np.zeros((num_steps + 1, num_envs), np.float32)
-    for t in range(num_steps + 1):  # no episode ends in a dummy step
-        dones[t] = (rng.random(num_envs) < end_probability) & (dones[t - 1] == 0 if t else True)
-    rewards[dones[:-1] == 1] *= 1000
-    advantages, returns = ppo.compute_advantages(rewards, values, dones, gamma, gae_lambda, gae)
-    for i in range(num_envs):
-        for t in np.flatnonzero(dones[:-1, i] == 0):
-            expected, weight = 0.0, 1.0
-            for k in range(t, num_steps):  # the rest of t's episode
-                over = dones[k + 1, i] == 1
-                delta = float(rewards[k, i]) + (0 if over else gamma * float(values[k + 1, i])) - float(values[k, i])
-                expected, weight = expected + weight * delta, weight * gamma * (gae_lambda if gae else 1)
-                if over:
-                    break
-            assert advantages[t, i] == pytest.approx(expected, abs=1e-4)
-            assert returns[t, i] == pytest.approx(expected + values[t, i], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -173,15 +150,6 @@ def test_what_cannot_be_vectorized_is_one_line_that_says_what_can(flags, world_s
     assert code == 2 and all(word in line for word in words), line
 
 
-@pytest.mark.parametrize("world_size", ["2", "many"])
-def test_a_group_of_processes_counts_only_under_torchrun(world_size, run, fails, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert run("--total-timesteps 512").episodes  # a rank alone is a scheduler's
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    code, line = fails("", files_allowed=True)
-    assert code == 2 and f"WORLD_SIZE={world_size}" in line and "torchrun" in line
-
-
 # Worker processes
 
 
@@ -196,14 +164,6 @@ def test_a_worker_that_breaks_ends_the_run_with_one_line_and_none_is_left_behind
     assert result.code == 1 and len(errors) == 1 and env_id in errors[0] and word in errors[0], result.err
     assert str(ROOT / "ppo.py") not in result.err  # no traceback of ours
     assert not left_behind(process)
-
-
-@pytest.mark.parametrize("generator", ["random", "numpy", "torch"])
-def test_workers_that_draw_from_a_global_generator_play_episodes_of_their_own_and_repeat_them(generator, run):
-    flags = f"--env-id environments:Drawing-{generator}-v0 --vectorization-mode async --num-steps 8"
-    first, second = (run(f"{flags} --total-timesteps 64").episodes for _ in range(2))
-    assert len({r for _, r, _ in first}) == len(first) == 64  # each draws a number in each step
-    assert first == second and not set(first) & set(run(f"{flags} --total-timesteps 64 --seed 5").episodes)
 
 
 def stop_early(flags, number, command=torchrun):

@@ -129,7 +129,7 @@ def test_ctrl_c_that_also_hits_the_video_encoder_ends_without_a_traceback(workdi
         f'exec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"\n'
     )
     ffmpeg.chmod(0o755)
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg.resolve()))
+    monkeypatch.setattr("moviepy.video.io.ffmpeg_writer.FFMPEG_BINARY", str(ffmpeg.resolve()))
     code, out, err = forked("--capture-video --num-steps 16 --total-timesteps 6400", os.setsid)
     assert Path("pressed").exists()
     assert code == 1 and "Traceback" not in err  # the encoder is gone, so the step cannot be finished

@@ -75,11 +75,9 @@ def test_no_video_folder_without_the_flag(run):
     assert not Path("videos").exists() and not Path("wandb").exists()
 
 
-def test_videos_of_a_resumed_run_go_to_a_folder_of_their_own_and_the_checkpoint_holds_none(run, crash):
+def test_videos_of_a_resumed_run_go_to_a_folder_of_their_own(run, crash):
     flags = "--capture-video --num-steps 16 --total-timesteps 512 --checkpoint-interval 1e-9"
-    plain = run(flags.replace("--capture-video", "")).folder
     folder = crash(flags, update=6)
-    assert (folder / "checkpoint.pt").stat().st_size < (plain / "checkpoint.pt").stat().st_size
     videos = Path("videos", folder.name)
     before = {path: path.read_bytes() for path in videos.glob("*.mp4")}
     crash(f"--resume {folder}", update=1)

@@ -62,7 +62,8 @@ class LostLives(gym.vector.VectorWrapper):
     def reset(self, *, seed=None, options=None):
         buttons = [action.name for action in self.unwrapped.ale.get_action_set()]
         self.fire = buttons.index("FIRE") if "FIRE" in buttons else 0
-        obs, infos = super().reset(seed=(seed + np.arange(self.num_envs)) % 2**31, options=options)
+        seed = seed if seed is None else (seed + np.arange(self.num_envs)) % 2**31  # ale-py takes none above that
+        obs, infos = super().reset(seed=seed, options=options)
         self.lives, self.lost = infos["lives"], np.zeros(self.num_envs, bool)
         return obs, infos
 
@@ -71,7 +72,7 @@ class LostLives(gym.vector.VectorWrapper):
         # ([DQN]; ale-py's episodic_life would start a new game: second lives were never played.) The next step, in
         # NEXT_STEP mode a reset and not learned from, presses fire, as at the start of a game (A4).
         obs, rewards, terminations, truncations, infos = super().step(np.where(self.lost, self.fire, actions))
-        self.lost = (infos["lives"] < self.lives) & (infos["lives"] > 0)
+        self.lost = infos["lives"] < self.lives
         self.lives = infos["lives"]
         return obs, rewards, terminations | self.lost, truncations, infos
 
