@@ -368,7 +368,7 @@ def check_args(parser, argv):
     text = re.sub(r"\0--([^=\0]+)[=\0]false(?=\0)", r"\0--no-\1", text, flags=re.IGNORECASE)
     argv = re.sub(r"(\0--[^=\0]+)[=\0]true(?=\0)", r"\1", text, flags=re.IGNORECASE).split("\0")[1:-1]
     args = parser.parse_args(argv)
-    if args.resume:  # that run's flags take the place of the defaults, and none may be given another value
+    if args.resume is not None:  # that run's flags take the place of the defaults, and none may be given another value
         folder, checkpoint = load_checkpoint(args.resume)
         saved = {name: value for name, value in checkpoint["args"].items() if name != "resume" and name in args}
         parser.set_defaults(**saved)
@@ -381,12 +381,14 @@ def check_args(parser, argv):
     ranges = {"seed": (0, 2**32 - 1), "num_threads": (1, 1024), "gamma": (0, 1), "gae_lambda": (0, 1)}
     for name, value in vars(args).items():
         low, high = ranges.get(name, (1, 2**53) if type(value) is int else (0, 1e30))  # float32 overflows at 3e38
-        if type(value) in (int, float) and not low <= value <= high:  # not "value < low or ...": NaN must fail too
+        if value == [] or type(value) in (int, float) and not low <= value <= high:  # NaN fails, too; []: --flag=--
             fail(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
     world_size = os.environ.get("WORLD_SIZE") or "1"  # some schedulers set it, or the rank alone
     if world_size != "1" and not torch.distributed.is_torchelastic_launched():
         fail(f"WORLD_SIZE={world_size} in the environment asks for several processes: use torchrun, or unset it")
     args.world_size, args.rank = int(world_size), int(os.environ["RANK"]) if world_size != "1" else 0
+    if args.resume and len(checkpoint["processes"]) != args.world_size:
+        fail(f"--resume needs as many processes as its run had, {len(checkpoint['processes'])}, not {args.world_size}")
     args.local_num_envs = args.num_envs // args.world_size
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
@@ -422,9 +424,8 @@ class Run:
     """Exit code 2: the run could not begin, nothing was written; 1: it broke; 128 + its number: a signal stopped it."""
 
     def __init__(self, args):
-        self.args, self.stop_signal, self.returns, self.logged_videos = args, None, [], set()
-        self.handlers = contextlib.ExitStack()
-        self.envs = self.folder = self.writer = self.bar = self.wandb = None
+        self.args, self.handlers, self.returns, self.logged_videos = args, contextlib.ExitStack(), [], set()
+        self.stop_signal = self.envs = self.folder = self.writer = self.bar = self.wandb = None
         self.say = tqdm.write if args.rank == 0 else str  # print, but without tearing the progress bar; or nothing
         self.checkpoint = load_checkpoint(args.resume)[1] if args.resume else {"update": 0, "wandb_id": None}
         self.first_step = self.global_step = self.checkpoint["update"] * args.batch_size
@@ -482,6 +483,7 @@ class Run:
                 envs, next_obs, next_done = cloudpickle.loads(envs)  # this runs code: resume no stranger's run
                 self.envs.__dict__.update(envs.__dict__)  # in place, as the agent may refer to them
             except Exception:
+                next_obs, _ = self.envs.reset(seed=self.seed)  # once more, as the agent's statistics see it now
                 self.say("note: these environments could not be saved or restored, so new episodes start")
         steps = {"total": self.args.num_updates * self.args.batch_size, "initial": self.first_step}
         self.bar = tqdm(**steps, unit="step", disable=self.args.rank > 0 or not sys.stderr.isatty())
@@ -507,8 +509,7 @@ class Run:
         self.writer = SummaryWriter(self.folder, purge_step=self.first_step + 1)  # hides what is done again
         table = "\n".join(f"|{name}|{value}|" for name, value in facts.items())
         self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
-        for name, value in facts.items():
-            self.say(f"{name}={value}")
+        self.say("\n".join(f"{name}={value}" for name, value in facts.items()))
 
     def log_episodes(self, infos, global_step):
         """Print each finished episode; TensorBoard gets one point for those that end in the same step, their mean."""
@@ -613,8 +614,7 @@ class Run:
             sys.exit(128 + self.stop_signal)  # the exit code that shells give to a death by this signal
 
 
-def explain(error, args, global_step, began):
-    """Environments raise anything: if the error is theirs, fail with one line that says when and why."""
+def explain(error, args, global_step, began):  # if it is an environment's error, fail with one line for when and why
     frames = extract_tb(error.__traceback__)
     from_environment = any("gymnasium" in x.filename for x in frames) or any(x.name == "make_envs" for x in frames)
     if isinstance(error, KeyboardInterrupt) or frames[-1].name == "fail" or not from_environment:

@@ -1,5 +1,5 @@
-"""A plain PPO: each operation as one first writes it down. ppo.py must give the same episodes, faster. As there, Adam is
-PyTorch's fused one: from about 30,000 steps on another one gives other last bits."""
+"""A plain PPO: each operation as one first writes it down. ppo.py must give the same episodes, faster. Adam is fused,
+as there: another gives other last bits and, sooner or later, other episodes."""
 
 import random
 import sys

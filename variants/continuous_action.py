@@ -1,8 +1,8 @@
 """PPO for continuous actions: what differs from ppo.py, which does the rest. Run it from the repository's folder.
 
-    pip install "gymnasium[mujoco]"                                        # the robots
-    python -m variants.continuous_action                                   # Hopper-v5, 1,000,000 steps
-    python -m variants.continuous_action --env-id Pendulum-v1 --gamma 0.9  # the flags are those of ppo.py
+    pip install "gymnasium[mujoco]"                                         # the robots
+    python -m variants.continuous_action                                    # Hopper-v5, 1,000,000 steps
+    MUJOCO_GL=egl python -m variants.continuous_action --capture-video      # the flags of ppo.py; without a screen: egl
 
 Nine details (search for "Detail C5", say). The policy: C1 a normal distribution, C2 its state-independent deviation, C3
 independent components, C4 separate networks. The environments: C5 clipped actions, C6 normalized and C7 clipped
