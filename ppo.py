@@ -332,7 +332,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
             y_pred, y_true = b_values[b_inds], b_returns[b_inds]
             varies = y_true.std() > 1e-6 * (y_true.abs().max() + y_pred.abs().max())
             stats["explained_variance"] = torch.where(varies, 1 - (y_true - y_pred).var() / y_true.var(), torch.nan)
-            run.log_update(update, optimizer, loss, stats, obs, rewards)
+            run.log_update(update, optimizer, loss, stats, obs, next_obs, rewards)
             if run.save_or_stop(update, agent, optimizer, next_obs, next_done):
                 break
     return agent
@@ -358,13 +358,12 @@ def integer(text):  # 1e6 counts, too
     return int(float(text))
 
 
-def check_args(parser, argv):
-    """Parse the flags, check them and add what follows from them: see parse_args. Exit code 2: one is wrong."""
+def check_args(parser, argv):  # exit code 2: a flag is wrong
     parser.error = fail  # argparse prints the usage, too, in which the one line that matters is lost
     # Other spellings: dashes or underscores; --gae=False or --gae False for --no-gae; None, where it is the default.
     text = "\0".join(["", *(sys.argv[1:] if argv is None else argv), ""])
     text = re.sub(r"\0--[^=\0]+", lambda flag: flag[0].replace("_", "-"), text)
-    text = re.sub(r"\0--[^=\0]+[=\0]None(?=\0)", "", text)
+    text = re.sub(r"\0--(target-kl|wandb-entity|resume)[=\0]None(?=\0)", "", text)
     text = re.sub(r"\0--([^=\0]+)[=\0]false(?=\0)", r"\0--no-\1", text, flags=re.IGNORECASE)
     argv = re.sub(r"(\0--[^=\0]+)[=\0]true(?=\0)", r"\1", text, flags=re.IGNORECASE).split("\0")[1:-1]
     args = parser.parse_args(argv)
@@ -433,8 +432,8 @@ class Run:
         if args.rank == 0:
             self.folder = Path(args.resume) if args.resume else new_folder(args)
             resumed = f"from-step-{self.first_step}__{int(time.time())}" if args.resume else ""
-            self.video_folder = Path("videos", self.folder.resolve().name, resumed)
-        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            self.videos = Path("videos", self.folder.resolve().name, resumed)
+        gpu = f"cuda:{os.environ['LOCAL_RANK'] if args.world_size > 1 else 0}"
         self.device = torch.device(gpu if args.cuda and torch.cuda.is_available() else "cpu")
 
     def __enter__(self):
@@ -455,7 +454,7 @@ class Run:
 
     def make(self, make_envs):
         args = self.args
-        video = {"video_folder": self.video_folder} if args.capture_video and args.rank == 0 else None
+        video = {"video_folder": self.videos} if args.capture_video and args.rank == 0 else None
         self.envs = make_envs(args, args.local_num_envs, self.seed, video)
         usable = args.num_steps // 2 * args.num_envs  # every other step may only reset
         if not resets_in_same_step(self.envs) and usable < 2 * args.num_minibatches * args.world_size:
@@ -464,12 +463,6 @@ class Run:
 
     def start(self, agent, optimizer, next_obs, next_done):
         """Open the logs; go on as the checkpoint says, if there is one. Returns global_step, next_obs and next_done."""
-        if self.args.rank == 0:
-            self.open_logs()
-        if self.args.world_size > 1:
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-            for parameter in agent.parameters():  # all processes start from the same ones
-                torch.distributed.broadcast(parameter.data, 0)
         if self.args.resume:
             agent.load_state_dict(self.checkpoint["agent"])
             optimizer.load_state_dict(self.checkpoint["optimizer"])
@@ -485,6 +478,12 @@ class Run:
             except Exception:
                 next_obs, _ = self.envs.reset(seed=self.seed)  # once more, as the agent's statistics see it now
                 self.say("note: these environments could not be saved or restored, so new episodes start")
+        if self.args.rank == 0:
+            self.open_logs()
+        if self.args.world_size > 1:
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            for parameter in agent.parameters():  # all processes start from the same ones
+                torch.distributed.broadcast(parameter.data, 0)
         steps = {"total": self.args.num_updates * self.args.batch_size, "initial": self.first_step}
         self.bar = tqdm(**steps, unit="step", disable=self.args.rank > 0 or not sys.stderr.isatty())
         self.start_time = self.saved_time = time.perf_counter()
@@ -523,9 +522,9 @@ class Run:
             self.writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
             self.writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
 
-    def log_update(self, update, optimizer, loss, stats, obs, rewards):
+    def log_update(self, update, optimizer, loss, stats, obs, next_obs, rewards):
         """Log stats, averaged over the processes of torchrun. Exit code 1: something is not finite any more."""
-        for name, x in (("an observation", obs), ("a reward", rewards)):
+        for name, x in (("an observation", obs), ("an observation", next_obs), ("a reward", rewards)):
             if not np.isfinite(x).all():
                 fail(f"{self.args.env_id} gave {name} that is not finite, by global_step {self.global_step}", 1)
         if not all(x.isfinite().all() for x in (loss, *optimizer.param_groups[0]["params"])):
@@ -540,7 +539,7 @@ class Run:
         self.bar.update(self.args.batch_size)
         sys.stdout.flush()  # redirected output is complete up to this update
         if self.wandb and self.args.capture_video:  # wandb's own monitor_gym breaks with Gymnasium 1.0 and later
-            for path in sorted(set(self.video_folder.glob("*.mp4")) - self.logged_videos):
+            for path in sorted(set(self.videos.glob("*.mp4")) - self.logged_videos):
                 self.wandb.log({"video": self.wandb.Video(str(path), format="mp4"), "global_step": self.global_step})
                 self.logged_videos.add(path)
 
@@ -587,18 +586,18 @@ class Run:
         for process in multiprocessing.active_children() if error else []:
             if process.name.startswith("Worker<"):  # Gymnasium's; they may hang, so they are not asked to end
                 process.kill()
-        for opened in (self.bar, self.writer, self.envs) if self.writer else ():  # the last one finishes a video, too
+        for opened in filter(None, (self.bar, self.writer, self.envs)):  # the last one finishes a video, too
             try:
                 opened.close()
             except Exception as error_in_closing:
-                error = error or error_in_closing  # one is enough
+                error, opened.closed = error or error_in_closing, True  # one error is enough, and one try
         self.handlers.close()
         if self.wandb:
             self.wandb.finish(exit_code=int(error is not None))
         if self.folder and not self.writer:  # nothing stays of a run that could not begin
-            for path in (self.video_folder, self.video_folder.parent, "videos", self.folder, "runs"):
+            for path in (*self.videos.glob("*"), self.videos, *self.videos.parents, self.folder, Path("runs")):
                 with contextlib.suppress(OSError):  # not empty, or not there
-                    os.rmdir(path)
+                    path.unlink() if path.is_file() else path.rmdir()
         if error:
             explain(error, self.args, self.global_step, began=self.writer is not None)
             raise error
@@ -609,19 +608,21 @@ class Run:
         if self.stop_signal:
             how = f"the same command with --resume {self.folder}" if self.args.checkpoint_interval else "no checkpoint"
             self.say(f"stopped at step {self.global_step} of {self.args.total_timesteps}; to go on: {how}")
-        self.say(f"results: {self.folder}" + (f" and {self.video_folder}" if self.args.capture_video else ""))
+        self.say(f"results: {self.folder}" + (f" and {self.videos}" if self.args.capture_video else ""))
         if self.stop_signal:
             sys.exit(128 + self.stop_signal)  # the exit code that shells give to a death by this signal
 
 
 def explain(error, args, global_step, began):  # if it is an environment's error, fail with one line for when and why
     frames = extract_tb(error.__traceback__)
-    from_environment = any("gymnasium" in x.filename for x in frames) or any(x.name == "make_envs" for x in frames)
-    if isinstance(error, KeyboardInterrupt) or frames[-1].name == "fail" or not from_environment:
+    theirs = any(x.filename.startswith(gym.__path__[0]) or x.name in ("make_envs", "load_state_dict") for x in frames)
+    if isinstance(error, KeyboardInterrupt) or frames[-1].name == "fail" or not theirs:
         return
     reason = f"{type(error).__name__}: {error} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
-    if isinstance(error, (EOFError, ConnectionError)):
-        reason = "a process of its own died"
+    if args.vectorization_mode == "async" and isinstance(error, (EOFError, ConnectionError)):
+        reason = "one of its processes died"
+    elif isinstance(error, NotImplementedError):
+        reason = "a part of its observations, such as a text, has no fixed size that Gymnasium knows"
     elif isinstance(error, ModuleNotFoundError):
         reason += f" (searched: {sys.path[0] or os.getcwd()}, the folders of PYTHONPATH, installed packages)"
     flags = f"--vectorization-mode {args.vectorization_mode}, --capture-video {args.capture_video}"
@@ -639,8 +640,7 @@ def new_folder(args):  # its name ends in the first second, from now on, that no
         second += 1
 
 
-def save_checkpoint(folder, checkpoint):
-    """Write it to folder/checkpoint.pt, whole or not at all. Exit code 1: it cannot be written."""
+def save_checkpoint(folder, checkpoint):  # whole or not at all; exit code 1: it cannot be written
     torch.save(checkpoint, buffer := io.BytesIO())  # not to the file, as torch would not say that a disk is full
     try:
         with open(folder / "checkpoint.tmp", "wb") as file:
@@ -661,7 +661,7 @@ def load_checkpoint(folder):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["args"]["env_id"]
         keys = "args program update wandb_id agent optimizer processes"
-        return os.path.dirname(path), {key: checkpoint[key] for key in keys.split()}
+        return os.path.dirname(path) or ".", {key: checkpoint[key] for key in keys.split()}
     except Exception as error:  # a file can be wrong in many ways
         fail(f"{path} is not a whole checkpoint of ppo.py: {type(error).__name__}")
 

@@ -69,7 +69,7 @@ gym.register("WithoutRenderMode-v0", WithoutRenderMode)
         ("--env-id MultiDiscrete-v0", ["MultiDiscrete([2 3])", "not Discrete"]),
         ("--env-id FromOne-v0", ["Discrete(2, start=1)", "from 0"]),
         ("--env-id NoFixedSize-v0", ["Sequence", "not a flat Box"]),
-        ("--env-id Mission-v0", ["mission", "no fixed size"]),
+        ("--env-id Mission-v0", ["Mission-v0", "no fixed size"]),
         ("--env-id Uninstalled-v0", ["gymnasium[box2d]"]),
         ("--env-id nomodule:X-v0", ["nomodule", "searched: ", "PYTHONPATH"]),
         ("--env-id Pendulum-v1 --capture-video", ["not Discrete"]),
