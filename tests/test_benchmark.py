@@ -294,13 +294,3 @@ def test_study_runs_are_not_repeated_and_make_tables(tmp_path, monkeypatch):
     for variant in ("default", "bonus: target KL 0.015"):
         assert f"| {variant} | 4 |" in text
     assert study.run_all(tmp_path, seeds=2, **options) == []
-
-
-def test_study_that_is_saved_is_complete_and_makes_the_saved_tables(tmp_path):
-    for env_id, (_, settings) in study.ENVIRONMENTS.items():
-        for setting in settings:
-            keys = {(v, r, seed) for v in study.SETTINGS[setting][1] for r in study.RATES for seed in range(1, 11)}
-            assert study.read_rows(learning.RESULTS, env_id, setting).keys() == keys
-    shutil.copytree(learning.RESULTS, tmp_path / "results")
-    study.write_tables(tmp_path / "results")
-    assert (tmp_path / "results" / "study.md").read_text() == (learning.RESULTS / "study.md").read_text()
