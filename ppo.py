@@ -116,7 +116,7 @@ def make_envs(args, num_envs, seed, video=None, render_mode=None):
     # independent stretches of play, less alike than one stretch N times as long. ([A3C]; [PPO] Algorithm 1: N actors)
     # A finished episode is followed by a new one. SAME_STEP: the step that ends one also resets and returns the first
     # observation of the next, with the last one in infos["final_obs"]. NEXT_STEP, the only mode of some batched
-    # environments: it returns the last observation, and the next step only resets, so that it must not be learned from.
+    # environments: it returns the last one; the next step ignores its action and resets: nothing to learn from it.
     thunks = [make_env(args, seed, video, render_mode), *(make_env(args, seed + i) for i in range(1, num_envs))]
     options = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # train copies observations
     if video and args.vectorization_mode == "vector_entry_point":
@@ -160,7 +160,7 @@ class Agent(nn.Module):
         super().__init__()
         obs_dim, num_actions = envs.single_observation_space.shape[0], envs.single_action_space.n
         self.critic = mlp(obs_dim, 1, std=1.0)  # nothing follows that cuts off ([baselines])
-        self.actor = mlp(obs_dim, num_actions, std=0.01)  # all actions start about alike ([What matters])
+        self.actor = mlp(obs_dim, num_actions, std=0.01)  # no action is favored at first ([What matters])
 
     def get_value(self, obs):
         """obs: (batch, obs_dim). Returns V(s): (batch,)."""
@@ -186,8 +186,8 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
     # Detail 5: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) compares what the critic expected before and after a step.
     # GAE adds up the later ones: A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * delta_{t+2} ...
     # lambda = 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel
-    # and leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18)
-    # An episode's end ends the sum, as nothing after it was this action's doing. At the rollout's end V(s_{t+1}) stands
+    # and leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18) An
+    # episode's end ends the sum: V is 0 there, and later rewards are another's. At the rollout's end V(s_{t+1}) stands
     # for all that is still to come (bootstrapping).
     continues = 1.0 - dones[1:]  # 0 where step t ended an episode
     if gae:
@@ -195,7 +195,7 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
         advantages, next_advantage = np.zeros_like(rewards), 0
         for t in reversed(range(len(rewards))):
             advantages[t] = next_advantage = deltas[t] + gamma * gae_lambda * continues[t] * next_advantage
-        return advantages, advantages + values[:-1]  # V, corrected by A: the lambda-return, as a target
+        return advantages, advantages + values[:-1]  # target: V, corrected by A; the lambda-return ([baselines])
     returns, next_return = np.zeros_like(rewards), values[-1]  # --no-gae: what lambda = 1 gives, up to rounding
     for t in reversed(range(len(rewards))):
         returns[t] = next_return = rewards[t] + gamma * continues[t] * next_return
@@ -231,20 +231,20 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
     # Detail 9: meant to keep the critic near its old self, too: to move a value by more than clip_coef, in units of
     # return (a lot for returns of 1, little for 100), gains nothing. Not in the paper; on because [baselines] has it,
-    # as it has this 0.5. Later studies found it useless (arXiv:2005.12729) or harmful ([What matters]).
+    # as it has the 0.5 below. Later studies found it useless (arXiv:2005.12729) or harmful ([What matters]).
     v_loss = (newvalue - mb_returns) ** 2
     if args.clip_vloss:
         v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
         v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
     v_loss = 0.5 * v_loss.mean()
     # Detail 10: entropy is highest where all actions are equally likely: the bonus keeps the policy from settling early
-    # ([A3C]; [PPO] equation 9). vf_coef, a second 0.5, weighs a critic that shares layers with the actor. This one does
-    # not, and Adam divides a gradient's scale out: what is left is mostly its part in the norm that detail 11 clips.
+    # ([A3C]; [PPO] equation 9). vf_coef (c1 there; 0.5, too: [baselines]) matters if actor and critic share layers.
+    # Here they do not, and Adam divides it out: it mostly sets the critic's part in the norm of detail 11.
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
     # Debug variables. KL(pi_old || pi_new), how far the policy has moved, in nats: k1 (old_approx_kl) is noisy, may be
     # negative; k3 (approx_kl) is less noisy, never negative (joschu.net/blog/kl-approx.html). clipfrac: the part of the
-    # samples beyond the clip range. Near 0 nothing moves; over 0.02 (KL) or 0.2 (clipfrac), lower the rate.
+    # samples beyond the clip range. Our rule: near 0 it is stuck; over 0.02 (KL) or 0.2 (clipfrac), too fast.
     with torch.no_grad():  # these are for looking; what is to be learned belongs into the loss
         stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss}
         stats["old_approx_kl"] = (-logratio).mean()
@@ -317,7 +317,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     loss.backward()
                     run.average_gradients(agent)  # over the processes of torchrun, if there are several
                     # Detail 11: a gradient, actor's and critic's together, longer than max_grad_norm is shortened to
-                    # it: Adam absorbs a constant scale, but an outlier bends many steps. ([baselines]; arXiv:1211.5063)
+                    # it: an outlier would stay in Adam's means for many steps. ([baselines]; arXiv:1211.5063)
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                 # Bonus: clipping only flattens the loss of samples beyond the range; the others, the entropy bonus and
@@ -325,9 +325,9 @@ def train(args, make_envs=make_envs, Agent=Agent):
                 # the data are too old for another epoch. ([Huang]; OpenAI's Spinning Up looks at every step)
                 if args.target_kl is not None and run.mean(stats["approx_kl"]) > args.target_kl:
                     break
-            # Debug variables are of the last minibatch; clipfrac is the mean of all. Explained variance is of the whole
-            # batch's returns by the rollout's critic, from which they are partly made. 1: right up to a constant; 0: no
-            # better than one, so advantages are noise; NaN: returns do not vary. Healthy: rises towards 1.
+            # Debug variables are of the last minibatch; clipfrac is the mean of all. Explained variance ([baselines]):
+            # the share of the variance of the batch's returns that the rollout's critic foresaw. 1: all; 0: no more
+            # than a constant; below: less; NaN: there is none. The more, the less noisy are the advantages.
             stats["clipfrac"] = torch.stack(clipfracs).mean()
             y_pred, y_true = b_values[b_inds], b_returns[b_inds]
             varies = y_true.std() > 1e-6 * (y_true.abs().max() + y_pred.abs().max())
