@@ -408,20 +408,22 @@ def seed_generators(seed):
     torch.manual_seed(seed)
 
 
-def worker(seed, index, *connection):
+def worker(seed, index, thunk, pipe, parent_pipe, memory, errors, *options):
     """A process of AsyncVectorEnv, with generators of its own, else all draw the same; signals are left to the main."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     seed_generators(seed + index)
+    put = errors.put  # not all errors can be sent to the main process, which would wait for ever; their text can
+    errors.put = lambda x: put((index, RuntimeError, f"{x[1].__name__} in sub-environment {index}: {x[2]}", x[3]))
     try:
-        _async_worker(index, *connection)
-    except Exception as error:  # what happens in steps is reported; so the environment could not be made
-        fail(f"sub-environment {index}: {error!r}")
+        _async_worker(index, thunk, pipe, parent_pipe, memory, errors, *options)
+    except Exception as error:  # those of steps are reported, so the environment could not be made
+        pipe.recv()  # the first question of the main process
+        errors.put((index, type(error), error, ""))
+        pipe.send((None, False))
 
 
-class Run:
-    """Exit code 2: the run could not begin, nothing was written; 1: it broke; 128 + its number: a signal stopped it."""
-
+class Run:  # exit codes: 2, it could not begin, nothing was written; 1, it broke; 128 + n, signal n stopped it
     def __init__(self, args):
         self.args, self.handlers, self.returns, self.logged_videos = args, contextlib.ExitStack(), [], set()
         self.stop_signal = self.envs = self.folder = self.writer = self.bar = self.wandb = None
@@ -461,8 +463,7 @@ class Run:
             fail(f"--num-steps {args.num_steps}: the steps that only reset may leave too few for --num-minibatches")
         return self.envs
 
-    def start(self, agent, optimizer, next_obs, next_done):
-        """Open the logs; go on as the checkpoint says, if there is one. Returns global_step, next_obs and next_done."""
+    def start(self, agent, optimizer, next_obs, next_done):  # or go on as the checkpoint says, if a run is resumed
         if self.args.resume:
             agent.load_state_dict(self.checkpoint["agent"])
             optimizer.load_state_dict(self.checkpoint["optimizer"])
@@ -582,7 +583,6 @@ class Run:
         return stop
 
     def __exit__(self, kind, error, traceback):
-        """Close all that was opened, and say where the results are. After a stop signal: exit code 128 + its number."""
         for process in multiprocessing.active_children() if error else []:
             if process.name.startswith("Worker<"):  # Gymnasium's; they may hang, so they are not asked to end
                 process.kill()

@@ -24,7 +24,7 @@ import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from unittest import mock
 
@@ -139,7 +139,8 @@ def replace(path, data):
 
 def machine():
     cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if "model name" in x), platform.processor())
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "numpy", "gymnasium", "box2d"))
+    versions = {x.name.lower(): x.version for x in distributions()}  # box2d may be missing
+    packages = ", ".join(f"{p} {versions[p]}" for p in ("torch", "numpy", "gymnasium", "box2d") if p in versions)
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}; Python {platform.python_version()}, {packages}"
 
 
