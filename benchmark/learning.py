@@ -1,13 +1,14 @@
-"""Does ppo.py learn, and what does each of its details add? Many seeds, as it is and with details switched off in turn.
+"""Do ppo.py and its variants learn, and what does each detail add? Many seeds, details switched off in turn.
 
-    pip install '.[benchmark,box2d]'
-    python -m benchmark.learning        # about an hour on two cores; a second call goes on where one stopped
+    pip install '.[benchmark,box2d,mujoco,atari]'
+    python -m benchmark.learning        # about four hours on two cores; a second call goes on where one stopped
     python -m benchmark.plots           # then draws what was saved
 
-Two studies. "learning": 500,000 steps on three environments, beside published figures of other implementations.
-"ablations": 100,000 steps on two, each time with one detail off (or a bonus on) and all else as by default. Runs go to
-parallel processes, one torch thread each. Every episode is saved: results/<study>/<environment>__<variant>.csv.gz has
-those of all seeds. The tables are results/learning.md and ablations.md; --table-only makes them of the saved episodes.
+Studies. "learning": 500,000 steps on three environments, beside published figures of other implementations. "example":
+LunarLander with settings of its own. "ablations": 100,000 steps on two environments, each time with one detail off (or
+a bonus on) and all else as by default. "continuous" and "atari": the variants. Runs go to parallel processes, one torch
+thread each. Every episode is saved: results/<study>/<environment>__<variant>.csv.gz has those of all seeds. The tables
+are results/learning.md and ablations.md; --table-only makes them of the saved episodes.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 import ppo
+from variants import atari, continuous_action
 
 RESULTS = Path(__file__).parent / "results"
 WINDOWS = 50  # points of a learning curve: each covers 2 % of a run's steps
@@ -68,19 +70,30 @@ VARIANTS = {  # name: (label, flags, what takes the place of which function wher
     "target_kl": ("bonus: target KL 0.015", "--target-kl 0.015", {}),
     "bootstrap_truncation": ("bonus: bootstrap truncation", "--bootstrap-truncation", {}),
 }
-STUDIES = {  # name: (steps, environments, variants)
-    "learning": (500_000, ("CartPole-v1", "Acrobot-v1", "LunarLander-v3"), ("default", "bootstrap_truncation")),
-    "ablations": (100_000, ("CartPole-v1", "Acrobot-v1"), tuple(VARIANTS)),
+STUDIES = {  # name: (steps, seeds, environments, variants)
+    "learning": (500_000, 10, ("CartPole-v1", "Acrobot-v1", "LunarLander-v3"), ("default", "bootstrap_truncation")),
+    "ablations": (100_000, 10, ("CartPole-v1", "Acrobot-v1"), tuple(VARIANTS)),
 }
 LUNAR_LANDER = (
     "--num-envs 16 --num-steps 1024 --num-minibatches 256 --learning-rate 0.001 --gamma 0.999 --gae-lambda 0.98 "
     "--no-clip-vloss --bootstrap-truncation"
 )
 VARIANTS["lunar_lander"] = ("LunarLander's settings", LUNAR_LANDER, {})
-STUDIES["example"] = (1_000_000, ("LunarLander-v3",), ("lunar_lander",))
-PUBLISHED = {  # mean and deviation at 500,000 steps, as published
+STUDIES["example"] = (1_000_000, 10, ("LunarLander-v3",), ("lunar_lander",))
+PROGRAMS = {"continuous_action": continuous_action, "atari": atari}  # the others are ppo.py
+VARIANTS |= {name: (f"variants/{name}.py", "", {}) for name in PROGRAMS}
+ROBOTS = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "InvertedPendulum-v5")
+STUDIES["continuous"] = (1_000_000, 5, ROBOTS, ("continuous_action",))
+STUDIES["atari"] = (500_000, 2, ("ALE/Breakout-v5",), ("atari",))
+PUBLISHED = {  # mean and deviation, as published; at 500,000 steps, if nothing else is said
     "CartPole-v1": {"CleanRL's ppo.py": "490.04 ± 6.12", "openai/baselines' ppo2": "497.54 ± 4.02"},
     "Acrobot-v1": {"CleanRL's ppo.py": "-86.36 ± 1.32", "openai/baselines' ppo2": "-81.82 ± 5.58"},
+    "Hopper-v5": {"CleanRL's ppo_continuous_action.py, Hopper-v4": "2382.86 ± 271.74"},
+    "Walker2d-v5": {"CleanRL's ppo_continuous_action.py, Walker2d-v4": "2287.95 ± 571.78"},
+    "HalfCheetah-v5": {"CleanRL's ppo_continuous_action.py, HalfCheetah-v4": "1442.64 ± 46.03"},
+    "InvertedPendulum-v5": {"CleanRL's ppo_continuous_action.py, InvertedPendulum-v4": "963.09 ± 22.20"},
+    "ALE/Breakout-v5": {"CleanRL's ppo_atari.py, 10,000,000 steps (not run here)": "414.66 ± 28.09"},
+    "ALE/Pong-v5": {"CleanRL's ppo_atari.py, 10,000,000 steps (not run here)": "20.36 ± 0.20"},
 }
 
 
@@ -88,10 +101,11 @@ def run(env_id, variant, seed, steps):
     """Train once, in a folder that is then removed: what train() returns."""
     _, flags, replacements = VARIANTS[variant]
     with tempfile.TemporaryDirectory() as folder:
-        return train(folder, f"--env-id={env_id} --seed={seed} --total-timesteps={steps} {flags}", replacements)
+        flags = f"--env-id={env_id} --seed={seed} --total-timesteps={steps} {flags}"
+        return train(folder, flags, replacements, PROGRAMS.get(variant, ppo))
 
 
-def train(folder, flags, replacements):
+def train(folder, flags, replacements, program=ppo):
     """Train once, in this folder: [(global_step, episodic_return), ...] and an error or ""."""
     flags = ["--no-cuda", "--checkpoint-interval=0", *flags.split()]
     out, err, error, here = io.StringIO(), io.StringIO(), "", os.getcwd()
@@ -104,7 +118,8 @@ def train(folder, flags, replacements):
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))  # where ppo.fail says why it gave up
         try:
-            ppo.train(ppo.parse_args(flags))
+            args = ppo.parse_args(flags, **getattr(program, "DEFAULTS", {}))
+            ppo.train(args, program.make_envs, program.Agent)
         except (Exception, SystemExit) as e:  # one run that diverges must not end the others
             error = next((line for line in err.getvalue().splitlines() if line.startswith("error: ")), repr(e))
     found = re.findall(r"^global_step=(\d+), episodic_return=(\S+), episodic_length=\d+$", out.getvalue(), re.MULTILINE)
@@ -112,7 +127,7 @@ def train(folder, flags, replacements):
 
 
 def path_of(results, study, env_id, variant):
-    return results / study / f"{env_id}__{variant}.csv.gz"
+    return results / study / f"{env_id.replace('/', '-')}__{variant}.csv.gz"
 
 
 def read_runs(results, study, env_id, variant):
@@ -139,8 +154,9 @@ def replace(path, data):
 
 def machine():
     cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if "model name" in x), platform.processor())
-    versions = {x.name.lower(): x.version for x in distributions()}  # box2d may be missing
-    packages = ", ".join(f"{p} {versions[p]}" for p in ("torch", "numpy", "gymnasium", "box2d") if p in versions)
+    versions = {x.name.lower(): x.version for x in distributions()}  # those of some environments may be missing
+    packages = ("torch", "numpy", "gymnasium", "box2d", "mujoco", "ale-py")
+    packages = ", ".join(f"{p} {versions[p]}" for p in packages if p in versions)
     return f"{cpu}, {os.cpu_count()} cores, {platform.system()}; Python {platform.python_version()}, {packages}"
 
 
@@ -156,14 +172,15 @@ def in_parallel(function, calls, workers):
             pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what has not begun need not
 
 
-def run_all(results, seeds, workers, divisor):
+def run_all(results, studies, seeds, workers, divisor):
     """Run what is not saved yet. learning_facts.json keeps where and when, and which runs failed; those run anew."""
     path, where = results / "learning_facts.json", machine()
     facts = json.loads(path.read_text()) if path.exists() else {"machines": {}, "failed": {}}
-    keys = [(study, env_id, v) for study, (_, env_ids, vs) in STUDIES.items() for env_id in env_ids for v in vs]
+    keys = [(study, env_id, v) for study in studies for env_id in STUDIES[study][2] for v in STUDIES[study][3]]
     saved = {key: read_runs(results, *key) for key in keys}
-    # Seed by seed, so that all comparisons grow at the same pace. What comes last is short, so that no process waits.
-    jobs = [(*key, seed) for seed in range(1, seeds + 1) for key in keys if seed not in saved[key]]
+    # Seed by seed, so that all comparisons grow at the same pace.
+    wanted = [(*key, seed) for seed in range(1, seeds + 1) for key in keys if seed <= STUDIES[key[0]][1]]
+    jobs = [(*key, seed) for *key, seed in wanted if seed not in saved[tuple(key)]]
     calls = {job: (*job[1:], STUDIES[job[0]][0] // divisor) for job in jobs}
     for job, (episodes, error) in in_parallel(run, calls, workers):
         facts["failed"].pop(" ".join(map(str, job)), None)
@@ -220,18 +237,20 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def learning_tables(results):
-    summary, columns = [], {}
-    for study, env_id in [("learning", env_id) for env_id in STUDIES["learning"][1]] + [("example", "LunarLander-v3")]:
-        for variant in STUDIES[study][2]:
+def learning_tables(results, studies, not_run=()):
+    pairs, summary, columns = [(name, env_id) for name in studies for env_id in STUDIES[name][2]], [], {}
+    for study, env_id in pairs:
+        for variant in STUDIES[study][3]:
             values = measure(results, study, env_id, variant, last_100)
             columns[f"{env_id} {VARIANTS[variant][1]}".strip()] = values
+            program = VARIANTS[variant][0] if variant in PROGRAMS else "ppo.py"
             if x := list(values.values()):
                 low, high = interval(x)
                 spread = f"{np.mean(x):.2f} ± {np.std(x, ddof=1) if len(x) > 1 else math.nan:.2f}"
-                name = f"**ppo.py** {VARIANTS[variant][1]}".strip()
+                name = f"**{program}** {VARIANTS[variant][1]}".strip()
                 summary.append((env_id, name, len(x), spread, f"{low:.2f} to {high:.2f}"))
         summary += [(env_id, name, "", spread, "") for name, spread in PUBLISHED.get(env_id, {}).items()]
+    summary += [(env_id, name, "", spread, "") for env_id in not_run for name, spread in PUBLISHED[env_id].items()]
     seeds = sorted(set().union(*columns.values()))
     per_seed = [(s, *(f"{x[s]:.2f}" if s in x else "" for x in columns.values())) for s in seeds]
     header = ("environment", "program", "runs", "mean ± deviation", "95 % interval of the mean")
@@ -241,7 +260,7 @@ def learning_tables(results):
 def ablation_table(results, env_id):
     header = ("", "runs", "same as default", "over the run", "minus default's", "at the end", "minus default's")
     default, rows = read_runs(results, "ablations", env_id, "default"), []
-    for variant in STUDIES["ablations"][2]:
+    for variant in STUDIES["ablations"][3]:
         runs, is_default = read_runs(results, "ablations", env_id, variant), variant == "default"
         same = sum(seed in default and np.array_equal(runs[seed], default[seed]) for seed in runs)
         row = [VARIANTS[variant][0], len(runs), "" if is_default else same]
@@ -260,18 +279,28 @@ def write_tables(results):
     where = "; ".join(f"{' to '.join(sorted(set(dates)))}, {name}" for name, dates in facts["machines"].items())
     failed = "; ".join(f"{job}: {error}" for job, error in facts["failed"].items()) or "none"
     facts = f"`python -m benchmark.learning`, {where}; one torch thread for each run.\n\nRuns that failed: {failed}."
-    ablations = "\n\n".join(ablation_table(results, env_id) for env_id in STUDIES["ablations"][1])
+    ablations = "\n\n".join(ablation_table(results, env_id) for env_id in STUDIES["ablations"][2])
     texts = {
         "learning": f"""# Learning
 
 {facts}
 
-500,000 steps (the last row: 1,000,000), default flags but for those named. Of each run, the mean return of its last
-100 episodes; of all runs, the mean and sample deviation over seeds, and the 95 % percentile bootstrap interval of the
-mean. The figures of the other programs are published ones, also at 500,000 steps, on older versions of the environments
-and libraries.
+Of each run, the mean return of its last 100 episodes; of all runs, the mean and **sample** deviation over seeds
+(ddof 1), and the 95 % percentile bootstrap interval of the mean. The figures of the other programs are published ones,
+on older versions of the environments and libraries: CleanRL's of 3 seeds, with the **population** deviation (ddof 0;
+over 3 seeds 0.82 times the sample's); those of baselines as Huang et al. give them, without saying which.
 
-{learning_tables(results)}
+## ppo.py
+
+500,000 steps (the last row: 1,000,000), default flags but for those named.
+
+{learning_tables(results, ("learning", "example"))}
+
+## The variants
+
+Default flags; {STUDIES["continuous"][0]:,} steps of the robots, {STUDIES["atari"][0]:,} (2,000,000 frames) of the game.
+
+{learning_tables(results, ("continuous", "atari"), not_run=("ALE/Pong-v5",))}
 """,
         "ablations": f"""# Ablations
 
@@ -293,14 +322,15 @@ counts the seeds whose every episode is the default's: there, what was switched 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
+    parser.add_argument("--seeds", type=int, default=10, help="at most; the variants, which are slow, have fewer")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--steps-divisor", type=int, default=1, help="shorten every run, to try the benchmark itself")
     parser.add_argument("--table-only", action="store_true", help="run nothing, make the tables of the saved runs anew")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the tables and the saved runs")
     args = parser.parse_args()
     if not args.table_only:
-        run_all(args.results, args.seeds, args.workers, args.steps_divisor)
+        run_all(args.results, args.studies, args.seeds, args.workers, args.steps_divisor)
     write_tables(args.results)
 
 

@@ -1,6 +1,6 @@
 """Draw what benchmark.study, benchmark.learning and benchmark.throughput saved.
 
-    python -m benchmark.plots        # makes study.svg, reuse.svg, learning.svg, ablations.svg and throughput.svg
+    python -m benchmark.plots        # makes the .svg files: study, reuse, learning, variants, ablations and throughput
 
 The pictures lie beside the saved rows that they show. The same rows make the same files, byte by byte.
 """
@@ -103,29 +103,57 @@ def draw_reuse(results):
     return figure
 
 
-def draw_learning(results):
-    """Return against steps, mean over seeds with its 95 % interval."""
-    total, env_ids, variants = learning.STUDIES["learning"]
-    figure, panels = plt.subplots(1, len(env_ids), figsize=(8.6, 3.0), layout="constrained")
+def draw_curves(panel, results, study, env_id, variant, color, label):
+    """Return against steps, mean over seeds with its 95 % interval. Returns the number of seeds."""
+    total = learning.STUDIES[study][0]
     steps = (np.arange(learning.WINDOWS) + 0.5) * total / learning.WINDOWS / 1000  # the middle of each window
+    curves = list(learning.measure(results, study, env_id, variant, learning.curve).values())
+    panel.plot(steps, np.mean(curves, axis=0), color=color, label=label)
+    panel.fill_between(steps, *learning.interval(curves), color=color, alpha=0.2, linewidth=0)
+    panel.set(title=env_id, xlabel="environment steps, thousands", xlim=(0, total / 1000))
+    panel.grid(alpha=0.25)
+    return len(curves)
+
+
+def draw_published(panel, env_id, label="{}, at the end"):
+    for name, text in list(learning.PUBLISHED.get(env_id, {}).items())[:1]:
+        panel.axhline(float(text.split()[0]), color=GRAY, linestyle=":", label=label.format(name))
+
+
+def draw_learning(results):
+    """Return against steps on the environments of ppo.py itself."""
+    _, _, env_ids, variants = learning.STUDIES["learning"]
+    figure, panels = plt.subplots(1, len(env_ids), figsize=(8.6, 3.0), layout="constrained")
     for panel, env_id in zip(panels, env_ids, strict=True):
         for variant, color in zip(variants, (BLUE, RED), strict=True):
             label = f"ppo.py {learning.VARIANTS[variant][1]}"
-            curves = list(learning.measure(results, "learning", env_id, variant, learning.curve).values())
-            panel.plot(steps, np.mean(curves, axis=0), color=color, label=label)
-            panel.fill_between(steps, *learning.interval(curves), color=color, alpha=0.2, linewidth=0)
-        for name, text in list(learning.PUBLISHED.get(env_id, {}).items())[:1]:
-            panel.axhline(float(text.split()[0]), color=GRAY, linestyle=":", label=f"{name}, at the end")
-        panel.set(title=env_id, xlabel="environment steps, thousands", xlim=(0, total / 1000))
-        panel.grid(alpha=0.25)
-    panels[0].set_ylabel(f"return of an episode\n({len(curves)} seeds: mean, 95 % interval)")
+            seeds = draw_curves(panel, results, "learning", env_id, variant, color, label)
+        draw_published(panel, env_id)
+    panels[0].set_ylabel(f"return of an episode\n({seeds} seeds: mean, 95 % interval)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_variants(results):
+    """Return against steps on the robots and the game of the variants."""
+    panels = [(name, env_id) for name in ("continuous", "atari") for env_id in learning.STUDIES[name][2]]
+    figure, axes = plt.subplots(2, 3, figsize=(8.6, 4.6), layout="constrained")
+    for panel, (name, env_id) in zip(axes.flat, panels, strict=False):
+        (variant,) = learning.STUDIES[name][3]
+        seeds = draw_curves(panel, results, name, env_id, variant, BLUE, "mean over seeds, 95 % interval")
+        if name == "continuous":
+            draw_published(panel, env_id, "CleanRL's, at the end, on v4")
+        panel.set_title(f"{env_id} ({seeds} seeds)")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("return of an episode")
+    axes[1, 2].set_axis_off()
+    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
     return figure
 
 
 def draw_ablations(results):
     """What each variant changes in the mean return over the run, with the 95 % interval of the mean."""
-    total, env_ids, (_, *variants) = learning.STUDIES["ablations"]
+    _, _, env_ids, (_, *variants) = learning.STUDIES["ablations"]
     figure, panels = plt.subplots(1, len(env_ids), figsize=(8.6, 4.2), layout="constrained", sharey=True)
     for panel, env_id in zip(panels, env_ids, strict=True):
         for y, variant in enumerate(variants):
@@ -178,6 +206,7 @@ def main():
             "study": draw_study,
             "reuse": draw_reuse,
             "learning": draw_learning,
+            "variants": draw_variants,
             "ablations": draw_ablations,
             "throughput": draw_throughput,
         }.items():

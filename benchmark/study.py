@@ -29,7 +29,7 @@ from benchmark.learning import VARIANTS
 
 STEPS = 150_000
 RATES = (1, 3, 10, 30)  # times the default learning rate
-DETAILS = tuple(v for v in VARIANTS if v != "lunar_lander")
+DETAILS = learning.STUDIES["ablations"][3]
 REUSE = ("default", "no_policy_clipping", "target_kl", "no_clip_vloss", "no_gradient_clipping", "no_norm_adv")
 SETTINGS = {  # name: (flags, variants)
     "rates": ("", DETAILS),

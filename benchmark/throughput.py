@@ -29,7 +29,6 @@ RESULTS = Path(__file__).parent / "results"
 SETTINGS = [  # (steps, num_envs, programs); num_steps is 128 and there are 4 minibatches, as by default
     (25_000, 4, ("ppo", "sb3", "plain")),
     (100_000, 4, ("ppo", "sb3", "plain")),
-    (500_000, 4, ("ppo", "sb3")),
     (100_000, 16, ("ppo", "sb3")),
     (100_000, 64, ("ppo", "sb3")),
     (100_000, 256, ("ppo", "sb3")),

@@ -15,6 +15,7 @@ from test_exactness import REFERENCE
 
 import ppo
 from benchmark import learning, study
+from variants import atari, continuous_action
 
 
 def test_last_100_takes_the_last_100_episodes():
@@ -65,7 +66,7 @@ def test_variant_changes_the_flags_that_it_names_and_no_others(variant, changed,
         }
 
     given, original = {}, functions()
-    monkeypatch.setattr(ppo, "train", lambda args: given.update(vars(args) | functions()))
+    monkeypatch.setattr(ppo, "train", lambda args, *_: given.update(vars(args) | functions()))
     learning.run("CartPole-v1", variant, 3, 25000)
     expected = vars(ppo.parse_args(["--seed=3", "--no-cuda", "--checkpoint-interval=0"]))
     assert given == expected | original | learning.VARIANTS[variant][2] | changed
@@ -116,6 +117,15 @@ def test_default_run_is_the_reference_and_a_replacement_changes_it():
         assert episodes and not error and episodes != rows[: len(episodes)]
 
 
+@pytest.mark.parametrize("variant, module", [("continuous_action", continuous_action), ("atari", atari)])
+def test_variants_are_trained_as_their_programs_do(variant, module, monkeypatch):
+    given = []
+    monkeypatch.setattr(ppo, "train", lambda *args: given.append(args))
+    learning.run("SomeEnv-v0", variant, 3, 50000)
+    flags = "--env-id SomeEnv-v0 --seed 3 --total-timesteps 50000 --no-cuda --checkpoint-interval 0"
+    assert given == [(ppo.parse_args(flags.split(), **module.DEFAULTS), module.make_envs, module.Agent)]
+
+
 def test_a_run_that_diverges_is_an_error_not_the_end(monkeypatch):
     monkeypatch.setitem(learning.VARIANTS, "default", ("", "--learning-rate 1e30 --no-norm-adv", {}))
     episodes, error = learning.run("CartPole-v1", "default", 1, 2048)
@@ -123,17 +133,17 @@ def test_a_run_that_diverges_is_an_error_not_the_end(monkeypatch):
 
 
 def test_runs_are_saved_and_not_repeated_and_failures_are_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "STUDIES", {"learning": (1024, ("CartPole-v1", "Nope-v0"), ("default",))})
+    monkeypatch.setattr(learning, "STUDIES", {"learning": (1024, 2, ("CartPole-v1", "Nope-v0"), ("default",))})
     monkeypatch.setattr(learning, "machine", lambda: "a machine")
     nope = [("learning", "Nope-v0", "default", seed) for seed in (1, 2)]
-    assert len(learning.run_all(tmp_path, seeds=2, workers=1, divisor=1)) == 4
+    assert len(learning.run_all(tmp_path, ["learning"], seeds=3, workers=1, divisor=1)) == 4  # of 2 seeds
     runs = learning.read_runs(tmp_path, "learning", "CartPole-v1", "default")
     for seed in (1, 2):
         steps, returns = runs[seed]
         assert list(zip(steps, returns, strict=True)) == learning.run("CartPole-v1", "default", seed, 1024)[0]
     (saved,) = tmp_path.glob("learning/*")
     before = saved.read_bytes()
-    assert learning.run_all(tmp_path, seeds=2, workers=1, divisor=1) == nope
+    assert learning.run_all(tmp_path, ["learning"], seeds=2, workers=1, divisor=1) == nope
     assert saved.read_bytes() == before
     facts = json.loads((tmp_path / "learning_facts.json").read_text())
     assert sorted(facts["failed"]) == [" ".join(map(str, job)) for job in nope]
@@ -164,10 +174,10 @@ def test_returns_are_saved_to_two_decimals_and_come_back(tmp_path):
 
 
 def test_what_is_saved_is_complete_and_makes_the_saved_tables(tmp_path):
-    for name, (_, env_ids, variants) in learning.STUDIES.items():
+    for name, (_, seeds, env_ids, variants) in learning.STUDIES.items():
         for env_id in env_ids:
             for variant in variants:
-                assert list(learning.read_runs(learning.RESULTS, name, env_id, variant)) == list(range(1, 11))
+                assert list(learning.read_runs(learning.RESULTS, name, env_id, variant)) == list(range(1, seeds + 1))
     shutil.copytree(learning.RESULTS, tmp_path / "results")
     learning.write_tables(tmp_path / "results")
     for name in ("learning.md", "ablations.md"):
@@ -190,7 +200,7 @@ def made_up(returns):
 
 def test_study_trains_as_it_says_and_measures_what_the_run_logged(monkeypatch):
     given, train = [], ppo.train
-    monkeypatch.setattr(ppo, "train", lambda args: given.append(args) or train(args))
+    monkeypatch.setattr(ppo, "train", lambda args, *parts: given.append(args) or train(args, *parts))
     variants = ("default", "no_policy_clipping")
     measured = [study.run("CartPole-v1", "reuse", variant, 30, 2, 2048) for variant in variants]
     expected = "--num-envs 16 --num-steps 32 --vectorization-mode vector_entry_point --update-epochs 10 --seed 2"
