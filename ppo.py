@@ -114,9 +114,9 @@ def make_envs(args, num_envs, seed, video=None, render_mode=None):
     Infos hold the return ("r") and the length ("l") of episodes that ended, under "episode_statistics"."""
     # Detail 1: N environments are stepped together. One forward pass serves all of them, and a batch holds N
     # independent stretches of play, less alike, so less noisy on average, than one N times as long. ([A3C]; [PPO]
-    # Algorithm 1: N actors) A finished episode is followed by a new one. SAME_STEP: the step that ends one also resets;
-    # it returns the next one's first observation, and the last one in infos["final_obs"]. NEXT_STEP, all that some
-    # batched environments can do: it returns the last one; the step after it only resets, and teaches nothing.
+    # Algorithm 1: N actors) After an episode comes a new one. SAME_STEP: the step that ends one also resets, returns
+    # the new one's first observation and puts the last one into infos["final_obs"]. NEXT_STEP, all that some batched
+    # environments can do: the step that ends one returns its last observation; the next only resets, teaches nothing.
     thunks = [make_env(args, seed, video, render_mode), *(make_env(args, seed + i) for i in range(1, num_envs))]
     options = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # train copies observations
     if video and args.vectorization_mode == "vector_entry_point":
@@ -142,7 +142,7 @@ def resets_in_same_step(envs):
 def layer_init(layer, std=2**0.5, bias_const=0.0):
     # Detail 2: a square orthogonal matrix keeps all lengths, forward and backward: signals and gradients neither vanish
     # nor explode at first (Saxe et al. 2014, arXiv:1312.6120). A gain of sqrt(2) makes up for the half of the squared
-    # length that a ReLU cuts off (He et al. 2015, arXiv:1502.01852); [baselines] has it with tanh, too.
+    # length that a ReLU cuts off (He et al. 2015, arXiv:1502.01852); for tanh it is a habit, from [baselines].
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -159,7 +159,7 @@ class Agent(nn.Module):
     def __init__(self, envs):
         super().__init__()
         obs_dim, num_actions = envs.single_observation_space.shape[0], envs.single_action_space.n
-        self.critic = mlp(obs_dim, 1, std=1.0)  # no ReLU follows ([baselines])
+        self.critic = mlp(obs_dim, 1, std=1.0)  # gain 1: nothing follows that cuts off ([baselines])
         self.actor = mlp(obs_dim, num_actions, std=0.01)  # no action is favored at first ([What matters])
 
     def get_value(self, obs):
@@ -183,7 +183,7 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
     """Advantages, how much better each action turned out than the critic expected, and returns, the critic's targets:
     (num_steps, num_envs) each, as are the rewards. values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the
     step before obs[t] ended an episode. Their last row belongs to the observation that follows the rollout."""
-    # Detail 5: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) compares what the critic expected before and after a step.
+    # Detail 5: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) compares what V foretold with what a step shows.
     # GAE sums this and later ones: A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * delta_{t+2}...
     # lambda = 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel
     # and leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18) An
@@ -195,7 +195,7 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
         advantages, next_advantage = np.zeros_like(rewards), 0
         for t in reversed(range(len(rewards))):
             advantages[t] = next_advantage = deltas[t] + gamma * gae_lambda * continues[t] * next_advantage
-        return advantages, advantages + values[:-1]  # V, corrected by A: the "lambda-return" ([baselines])
+        return advantages, advantages + values[:-1]  # expected + surprise, the "lambda-return" ([baselines])
     returns, next_return = np.zeros_like(rewards), values[-1]  # --no-gae: what lambda = 1 gives, up to rounding
     for t in reversed(range(len(rewards))):
         returns[t] = next_return = rewards[t] + gamma * continues[t] * next_return
@@ -222,16 +222,16 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     # minibatch encourages some of its actions and discourages others. ([baselines], for each minibatch, as here)
     if args.norm_adv:
         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-    # Detail 8: the ratio makes up for judging the new policy by actions that the old one drew. But the advantages, too,
-    # are the old policy's: far from it they are wrong, and a policy ruined by them collects the next batch. So the loss
-    # is flat once a good action's (A > 0) ratio is above 1 + clip_coef, or a bad one's below 1 - clip_coef; a ratio
-    # that went the other way still feels the slope back, thanks to the max. ([PPO] equation 7: a min, to maximize)
+    # Detail 8: the loss makes good actions (A > 0) likelier. Why a ratio: the old policy drew them, and one that is now
+    # twice as likely must count twice. Far from the old policy its advantages are wrong, and a policy ruined by them
+    # collects the next batch: so the loss is flat once a good action's ratio is above 1 + clip_coef, a bad one's below
+    # 1 - clip_coef. If it went the other way (0.5, of a good one) the max keeps the slope. ([PPO] equation 7: a min)
     pg_loss1 = -mb_advantages * ratio
     pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-    # Detail 9: meant to keep the critic near its old self, too: to move a value by more than clip_coef, in units of
-    # return (a lot for returns of 1, little for 100), gains nothing. Not in the paper; on because [baselines] has it,
-    # as it has the 0.5 of v_loss. Later studies found it useless (arXiv:2005.12729) or harmful ([What matters]).
+    # Detail 9: meant to make the critic's training steadier ([baselines]): it stays near its old self, too, as moving a
+    # value further than clip_coef gains nothing. That is in units of return: wide for returns of 1, tight for 100. Not
+    # in the paper. Later studies found it useless (arXiv:2005.12729) or harmful ([What matters]). 0.5: [baselines].
     v_loss = (newvalue - mb_returns) ** 2
     if args.clip_vloss:
         v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
@@ -239,12 +239,12 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     v_loss = 0.5 * v_loss.mean()
     # Detail 10: entropy is highest where all actions are equally likely: the bonus keeps the policy from settling early
     # ([A3C]; [PPO] equation 9). vf_coef (c1 there; another 0.5 of [baselines]) matters if actor and critic share
-    # layers. Here they do not, and Adam divides it out (detail 3): it mostly sets the critic's part in detail 11.
+    # layers. Here they do not; a loss's scale drops out of Adam's steps (detail 3), but counts in detail 11's norm.
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
     # Debug variables. KL(pi_old || pi_new), how far the policy has moved, in nats: k1 (old_approx_kl) is noisy, may be
     # negative; k3 (approx_kl) is less noisy, never negative (joschu.net/blog/kl-approx.html). clipfrac ([baselines]):
-    # the share of samples beyond the clip range. Our rule: near 0 the policy is stuck; KL 0.02, clipfrac 0.2: too fast.
+    # the share of samples beyond the clip range. Our rule: near 0, stuck; over 0.02 (KL) or 0.2 (clipfrac), too fast.
     with torch.no_grad():  # these are for looking; what is to be learned belongs into the loss
         stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss}
         stats["old_approx_kl"] = (-logratio).mean()
@@ -326,8 +326,8 @@ def train(args, make_envs=make_envs, Agent=Agent):
                 if args.target_kl is not None and run.mean(stats["approx_kl"]) > args.target_kl:
                     break
             # Debug variables are of the last minibatch; clipfrac is the mean of all. Explained variance ([baselines]):
-            # the share of the variance of the batch's returns that the rollout's critic foresaw. 1: all; 0: no more
-            # than a constant; NaN: all are alike. Healthy: it rises, until a solved task leaves little to foresee.
+            # the share of the variance of the batch's returns that the rollout's critic foresaw. 1: all; 0 or less:
+            # no more than a constant; NaN: all are alike. Healthy: it rises, until a solved task leaves little to tell.
             stats["clipfrac"] = torch.stack(clipfracs).mean()
             y_pred, y_true = b_values[b_inds], b_returns[b_inds]
             varies = y_true.std() > 1e-6 * (y_true.abs().max() + y_pred.abs().max())
