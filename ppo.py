@@ -5,8 +5,8 @@
     tensorboard --logdir runs                                            # the curves, in a browser
 
 PPO alternates between two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update:
-several epochs of minibatch gradient steps on these data, clipped so that straying far from that policy gains nothing;
-then the data are thrown away. Part one is the algorithm, part two the run. Find "Detail 5", say; the order differs:
+several epochs of minibatch steps on these data, as playing is costly, clipped so that straying far from that policy
+gains nothing; then they are thrown away. Part one is the algorithm, part two the run. Search for "Detail 5", say:
 
     1. vectorized environments        5. generalized advantage estimation     9. clipped value loss
     2. orthogonal initialization      6. minibatches                         10. overall loss with an entropy bonus
@@ -187,8 +187,8 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
     # GAE sums this and later ones: A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * delta_{t+2}...
     # lambda = 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel
     # and leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18) An
-    # episode's end ends the sum: V is 0 there, and later rewards are the next one's. At the rollout's end V(s_{t+1})
-    # stands for all that is still to come (bootstrapping).
+    # episode's end ends the sum: V is 0 there, and later rewards are the next episode's. At the rollout's end
+    # V(s_{t+1}) stands for all that is still to come (bootstrapping).
     continues = 1.0 - dones[1:]  # 0 where step t ended an episode
     if gae:
         deltas = rewards + gamma * values[1:] * continues - values[:-1]
@@ -244,7 +244,7 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
     # Debug variables. KL(pi_old || pi_new), how far the policy has moved, in nats: k1 (old_approx_kl) is noisy, may be
     # negative; k3 (approx_kl) is less noisy, never negative (joschu.net/blog/kl-approx.html). clipfrac ([baselines]):
-    # the share of samples beyond the clip range. Our rule: near 0, stuck; over 0.02 (KL) or 0.2 (clipfrac), too fast.
+    # the share of samples beyond the clip range. Our rule: near 0 early on, stuck; over 0.02 (KL), 0.2: too fast.
     with torch.no_grad():  # these are for looking; what is to be learned belongs into the loss
         stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss}
         stats["old_approx_kl"] = (-logratio).mean()
@@ -316,8 +316,8 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     optimizer.zero_grad()
                     loss.backward()
                     run.average_gradients(agent)  # over the processes of torchrun, if there are several
-                    # Detail 11: a gradient, actor's and critic's together, longer than max_grad_norm is shortened to
-                    # it: an outlier would stay in Adam's means for many steps. ([baselines]; arXiv:1211.5063)
+                    # Detail 11: all gradients, as one vector, keep their direction, but no length over max_grad_norm: an
+                    # outlier would stay in Adam's means for many steps. ([baselines]; Pascanu et al., arXiv:1211.5063)
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                 # Bonus: clipping only flattens the loss of samples beyond the range; the others, the entropy bonus and
