@@ -112,11 +112,11 @@ def make_env(args, seed, video=None, render_mode=None):
 def make_envs(args, num_envs, seed, video=None, render_mode=None):
     """``num_envs`` environments as one, of which the first may be recorded. ValueError: a space is not supported.
     Infos hold the return ("r") and the length ("l") of episodes that ended, under "episode_statistics"."""
-    # Detail 1: N environments are stepped together. One forward pass serves all of them, and a batch holds N
-    # independent stretches of play, less alike, so less noisy on average, than one N times as long. ([A3C]; [PPO]
+    # Detail 1: N environments are stepped together. One forward pass serves all of them, and a batch of N
+    # independent stretches is more varied, and its averages less noisy, than one stretch N times as long. ([A3C]; [PPO]
     # Algorithm 1: N actors) After an episode comes a new one. SAME_STEP: the step that ends one also resets, returns
     # the new one's first observation and puts the last one into infos["final_obs"]. NEXT_STEP, all that some batched
-    # environments can do: the step that ends one returns its last observation; the next only resets, teaches nothing.
+    # environments can do: the step that ends one returns its last observation; the next only resets, to be left out.
     thunks = [make_env(args, seed, video, render_mode), *(make_env(args, seed + i) for i in range(1, num_envs))]
     options = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # train copies observations
     if video and args.vectorization_mode == "vector_entry_point":
@@ -225,26 +225,26 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     # Detail 8: the loss makes good actions (A > 0) likelier. Why a ratio: the old policy drew them, and one that is now
     # twice as likely must count twice. Far from the old policy its advantages are wrong, and a policy ruined by them
     # collects the next batch: so the loss is flat once a good action's ratio is above 1 + clip_coef, a bad one's below
-    # 1 - clip_coef. If it went the other way (0.5, of a good one) the max keeps the slope. ([PPO] equation 7: a min)
+    # 1 - clip_coef. The ratio of a good one that fell to 0.5 keeps its slope, by the max. ([PPO] eq. 7: min, of -loss)
     pg_loss1 = -mb_advantages * ratio
     pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
     # Detail 9: meant to make the critic's training steadier ([baselines]): it stays near its old self, too, as moving a
     # value further than clip_coef gains nothing. That is in units of return: wide for returns of 1, tight for 100. Not
-    # in the paper. Later studies found it useless (arXiv:2005.12729) or harmful ([What matters]). 0.5: [baselines].
+    # in the paper. Later studies found it useless (arXiv:2005.12729) or harmful ([What matters]).
     v_loss = (newvalue - mb_returns) ** 2
     if args.clip_vloss:
         v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
         v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
-    v_loss = 0.5 * v_loss.mean()
+    v_loss = 0.5 * v_loss.mean()  # 0.5: [baselines]
     # Detail 10: entropy is highest where all actions are equally likely: the bonus keeps the policy from settling early
-    # ([A3C]; [PPO] equation 9). vf_coef (c1 there; another 0.5 of [baselines]) matters if actor and critic share
-    # layers. Here they do not; a loss's scale drops out of Adam's steps (detail 3), but counts in detail 11's norm.
+    # ([A3C]; [PPO] equation 9). vf_coef (c1 there; 0.5: [baselines]) matters if actor and critic share layers. Here
+    # they do not: Adam's m / sqrt(v) (detail 3) cancels a loss's scale, so it acts only through the norm of detail 11.
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
     # Debug variables. KL(pi_old || pi_new), how far the policy has moved, in nats: k1 (old_approx_kl) is noisy, may be
     # negative; k3 (approx_kl) is less noisy, never negative (joschu.net/blog/kl-approx.html). clipfrac ([baselines]):
-    # the share of samples beyond the clip range. Our rule: near 0 early on, stuck; over 0.02 (KL), 0.2: too fast.
+    # the share of samples beyond the clip range. Our rule: near 0 early: stuck; KL > 0.02, clipfrac > 0.2: too fast.
     with torch.no_grad():  # these are for looking; what is to be learned belongs into the loss
         stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss}
         stats["old_approx_kl"] = (-logratio).mean()
@@ -316,8 +316,8 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     optimizer.zero_grad()
                     loss.backward()
                     run.average_gradients(agent)  # over the processes of torchrun, if there are several
-                    # Detail 11: all gradients, as one vector, keep their direction, but no length over max_grad_norm: an
-                    # outlier would stay in Adam's means for many steps. ([baselines]; Pascanu et al., arXiv:1211.5063)
+                    # Detail 11: all gradients, as one vector, keep their direction, but no length over max_grad_norm:
+                    # an outlier would stay in Adam's means for long. ([baselines]; Pascanu et al., arXiv:1211.5063)
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                 # Bonus: clipping only flattens the loss of samples beyond the range; the others, the entropy bonus and
@@ -327,7 +327,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     break
             # Debug variables are of the last minibatch; clipfrac is the mean of all. Explained variance ([baselines]):
             # the share of the variance of the batch's returns that the rollout's critic foresaw. 1: all; 0 or less:
-            # no more than a constant; NaN: all are alike. Healthy: it rises, until a solved task leaves little to tell.
+            # a constant does as well; NaN: equal returns. Healthy: it rises, until a solved task leaves little to tell.
             stats["clipfrac"] = torch.stack(clipfracs).mean()
             y_pred, y_true = b_values[b_inds], b_returns[b_inds]
             varies = y_true.std() > 1e-6 * (y_true.abs().max() + y_pred.abs().max())
