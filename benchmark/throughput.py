@@ -1,6 +1,6 @@
 """How fast is ppo.py? The same training in turn by ppo.py, Stable-Baselines3 and a plain implementation.
 
-    python -m benchmark.throughput        # about a quarter of an hour; a second call goes on where one stopped
+    python -m benchmark.throughput        # about ten minutes; a second call goes on where one stopped
 
 Each repeat is a fresh process on one torch thread, and the programs take turns, so that whatever else the machine does
 meets them alike; only ratios within one repeat are compared. Raw rows go to results/throughput.csv, the table with the
