@@ -33,7 +33,7 @@ class Agent(nn.Module):
             nn.Flatten(),
             layer(nn.Linear(3136, 512)),
             nn.ReLU(),
-        )
+        ).to(memory_format=torch.channels_last)
         self.actor = layer(nn.Linear(512, num_actions), 0.01)
         self.critic = layer(nn.Linear(512, 1), 1.0)
 
