@@ -188,8 +188,9 @@ def run_all(results, studies, seeds, workers, divisor):
             facts["failed"][" ".join(map(str, job))] = error
         else:
             save_run(results, *job, episodes)
-        first, _ = facts["machines"].get(where, [str(date.today())] * 2)
-        facts["machines"][where] = [first, str(date.today())]
+        machines = facts["machines"].setdefault(job[0], {})
+        first, _ = machines.get(where, [str(date.today())] * 2)
+        machines[where] = [first, str(date.today())]
         replace(path, (json.dumps(facts, indent=1) + "\n").encode())
     return jobs
 
@@ -276,14 +277,16 @@ def ablation_table(results, env_id):
 
 def write_tables(results):
     facts = json.loads((results / "learning_facts.json").read_text())
-    where = "; ".join(f"{' to '.join(sorted(set(dates)))}, {name}" for name, dates in facts["machines"].items())
     failed = "; ".join(f"{job}: {error}" for job, error in facts["failed"].items()) or "none"
-    facts = f"`python -m benchmark.learning`, {where}; one torch thread for each run.\n\nRuns that failed: {failed}."
+
+    def made(*studies):  # where and when
+        machines = {name: dates for study in studies for name, dates in facts["machines"].get(study, {}).items()}
+        where = "; ".join(f"{' to '.join(sorted(set(dates)))}, {name}" for name, dates in machines.items())
+        return f"`python -m benchmark.learning`, {where}; one torch thread for each run. Runs that failed: {failed}."
+
     ablations = "\n\n".join(ablation_table(results, env_id) for env_id in STUDIES["ablations"][2])
     texts = {
         "learning": f"""# Learning
-
-{facts}
 
 Of each run, the mean return of its last 100 episodes; of all runs, the mean and **sample** deviation over seeds
 (ddof 1), and the 95 % percentile bootstrap interval of the mean. The figures of the other programs are published ones,
@@ -292,11 +295,15 @@ over 3 seeds 0.82 times the sample's); those of baselines as Huang et al. give t
 
 ## ppo.py
 
+{made("learning", "example")}
+
 500,000 steps (the last row: 1,000,000), default flags but for those named.
 
 {learning_tables(results, ("learning", "example"))}
 
 ## The variants
+
+{made("continuous", "atari")}
 
 Default flags; {STUDIES["continuous"][0]:,} steps of the robots, {STUDIES["atari"][0]:,} (2,000,000 frames) of the game.
 
@@ -304,7 +311,7 @@ Default flags; {STUDIES["continuous"][0]:,} steps of the robots, {STUDIES["atari
 """,
         "ablations": f"""# Ablations
 
-{facts}
+{made("ablations")}
 
 100,000 steps. The numbers are those of the details in ppo.py: each is switched off alone (a bonus: on). "Over the run"
 is the mean of the learning curve of {WINDOWS} points, each the mean return of the episodes that ended in that part of

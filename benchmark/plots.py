@@ -108,8 +108,9 @@ def draw_curves(panel, results, study, env_id, variant, color, label):
     total = learning.STUDIES[study][0]
     steps = (np.arange(learning.WINDOWS) + 0.5) * total / learning.WINDOWS / 1000  # the middle of each window
     curves = list(learning.measure(results, study, env_id, variant, learning.curve).values())
-    panel.plot(steps, np.mean(curves, axis=0), color=color, label=label)
-    panel.fill_between(steps, *learning.interval(curves), color=color, alpha=0.2, linewidth=0)
+    if curves:
+        panel.plot(steps, np.mean(curves, axis=0), color=color, label=label)
+        panel.fill_between(steps, *learning.interval(curves), color=color, alpha=0.2, linewidth=0)
     panel.set(title=env_id, xlabel="environment steps, thousands", xlim=(0, total / 1000))
     panel.grid(alpha=0.25)
     return len(curves)
