@@ -13,8 +13,8 @@ import torch
 
 import ppo
 
-# A checkpoint may be a stranger's: it may choose a program from this list, and no other. (The module of an environment's
-# id, my_module:MyEnv-v0, is imported, as without it there is no environment.)
+# A checkpoint may be a stranger's: it may choose a program from this list, and no other. (The module that its
+# environment's id names, my_module:MyEnv-v0, is imported, as without it there is no environment.)
 PROGRAMS = {"continuous_action": "variants.continuous_action", "atari": "variants.atari"}
 
 

@@ -1,7 +1,7 @@
 """PPO for Atari games: what differs from ppo.py, which does the rest. Run it from the repository's folder.
 
     pip install ale-py                                      # the emulator and the games
-    python -m variants.atari                                # Breakout, 10,000,000 steps
+    python -m variants.atari                                # Breakout, 10,000,000 steps of 4 frames
     python -m variants.atari --env-id ALE/Pong-v5 --track   # the flags are those of ppo.py
 
 Nine details (search for "Detail A5", say), most of which ale-py does, in C++. The games: A1 no-ops, A2 skipped frames,
@@ -26,15 +26,15 @@ def make_envs(args, num_envs, seed, video=None, render_mode=None):
         raise ValueError("games have ids like ALE/Breakout-v5 (others: python ppo.py or -m variants.continuous_action)")
     if args.vectorization_mode != "vector_entry_point" or render_mode == "human":
         raise ValueError("games of ale-py need --vectorization-mode vector_entry_point, and have no window")
-    # Detail A1, noop_max: nothing is done for up to 29 frames, so that games differ. ([DQN]; [wrappers])
+    # Detail A1, noop_max: nothing is done for 0 to noop_max - 1 frames, so that games differ. ([DQN]; [wrappers])
     # Detail A2, frameskip: each action is kept for four frames: a quarter of the work. maxpool: some things are drawn
     # in every other frame only; a pixel is the brighter one of the last two frames. ([DQN])
-    # Detail A4, use_fire_reset: some games begin when fire is pressed; it is pressed for the agent. ([wrappers])
+    # Detail A4, use_fire_reset: some games wait for fire, maybe for ever; it is pressed for the agent. ([wrappers])
     # Detail A5, img_height, img_width, grayscale: a fourteenth of the 210x160x3 numbers shows about as much. ([DQN])
     # Detail A7, stack_num: a single frame does not show which way the ball is flying, four do. ([DQN])
     options = {"noop_max": 30, "frameskip": 4, "maxpool": True, "use_fire_reset": True, "stack_num": 4}
     options |= {"img_height": 84, "img_width": 84, "grayscale": True, "reward_clipping": False}  # see A6
-    options |= {"repeat_action_probability": 0.0, "num_threads": args.num_threads}  # no "sticky" actions, as published
+    options |= {"repeat_action_probability": 0.0, "num_threads": args.num_threads}  # no repeated, "sticky" ones: [DQN]
     envs = gym.make_vec("ale_py:" + args.env_id, num_envs, vectorization_mode=args.vectorization_mode, **options)
     if video:
         envs = wrappers.RecordVideo(Screen(envs), record_first_only=True, fps=15, **video)
@@ -50,11 +50,11 @@ class Screen(gym.vector.VectorObservationWrapper):
     render_mode = "rgb_array"
 
     def observations(self, observations):
-        self.frames = np.stack([observations[:, -1]] * 3, axis=-1).repeat(4, axis=1).repeat(4, axis=2)
+        self.frames = observations[:, -1].copy()
         return observations
 
     def render(self):
-        return list(self.frames)
+        return list(self.frames[..., None].repeat(4, axis=1).repeat(4, axis=2).repeat(3, axis=3))
 
 
 class LostLives(gym.vector.VectorWrapper):
@@ -70,8 +70,8 @@ class LostLives(gym.vector.VectorWrapper):
 
     def step(self, actions):
         # Detail A3: the end costs all rewards that might have followed, which is how the agent learns to value a life.
-        # ([DQN]; ale-py's episodic_life would start a new game: second lives were never played.) The next step, in
-        # NEXT_STEP mode a reset and not learned from, presses fire, as at the start of a game (A4).
+        # ([DQN]; ale-py's episodic_life would start a new game: later lives would never be played.) For train the next
+        # step is NEXT_STEP mode's reset, not learned from: the game goes on, so it presses fire, as at its start (A4).
         obs, rewards, terminations, truncations, infos = super().step(np.where(self.lost, self.fire, actions))
         self.lost = infos["lives"] < self.lives
         self.lives = infos["lives"]
@@ -81,8 +81,8 @@ class LostLives(gym.vector.VectorWrapper):
 class Agent(nn.Module):
     def __init__(self, envs):
         super().__init__()
-        # Detail A8: actor and critic need to see much the same, and seeing is costly, so they share it. Now vf_coef
-        # weighs one against the other (detail 10). The layers are those of [DQN].
+        # Detail A8: actor and critic need to see much the same, and seeing is costly: they share it ([A3C]). Now
+        # vf_coef weighs one against the other (detail 10). The layers are those of [DQN].
         convolutions = [(4, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)]  # channels in and out, size, stride
         layers = [x for shape in convolutions for x in (ppo.layer_init(nn.Conv2d(*shape)), nn.ReLU())]
         layers += [nn.Flatten(), ppo.layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU()]
@@ -94,7 +94,7 @@ class Agent(nn.Module):
         return self.critic(self.network(obs / 255)).squeeze(-1)
 
     def get_action_and_value(self, obs, action=None):
-        hidden = self.network(obs / 255)  # Detail A9: buffers hold bytes, 0 to 255; networks want numbers of order 1
+        hidden = self.network(obs / 255)  # Detail A9: bytes, 0 to 255; networks want numbers of order 1 ([baselines])
         policy = Categorical(logits=self.actor(hidden), validate_args=False)
         action = policy.sample() if action is None else action
         return action, policy.log_prob(action), policy.entropy(), self.critic(hidden).squeeze(-1)

@@ -2,7 +2,7 @@
 
     pip install "gymnasium[mujoco]"                                         # the robots
     python -m variants.continuous_action                                    # Hopper-v5, 1,000,000 steps
-    MUJOCO_GL=egl python -m variants.continuous_action --capture-video      # the flags of ppo.py; without a screen: egl
+    MUJOCO_GL=egl python -m variants.continuous_action --capture-video      # flags as in ppo.py; egl: without a screen
 
 Nine details (search for "Detail C5", say). The policy: C1 a normal distribution, C2 its state-independent deviation, C3
 independent components, C4 separate networks. The environments: C5 clipped actions, C6 normalized and C7 clipped
@@ -40,14 +40,14 @@ def make_envs(args, num_envs, seed, video=None, render_mode=None):
     unbounded = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
     envs = wrappers.TransformAction(envs, lambda x: np.clip(x, space.low, space.high), single_action_space=unbounded)
     # Detail C6: positions, angles and speeds have scales of their own; networks learn best from mean 0 and deviation 1,
-    # here of all observations so far, of all environments (of a process: with torchrun each has its own statistics, and
-    # the first one's are saved). ([VecNormalize]; [What matters]: always do it)
+    # here of all observations so far, of all environments (under torchrun those of a process; the first one's are
+    # saved). ([VecNormalize]; [What matters]: always do it)
     envs = wrappers.NormalizeObservation(envs)
     # Detail C8: a critic has trouble with returns in the thousands. Rewards are divided by the deviation of their
-    # discounted sum so far. The mean stays: without it, it would pay to end episodes early or late. ([VecNormalize];
-    # arXiv:2005.12729 found it to matter much)
+    # discounted sum so far. Their mean is not subtracted: it would pay to end episodes early or late.
+    # ([VecNormalize]; arXiv:2005.12729 found the scaling to matter much)
     envs = wrappers.NormalizeReward(envs, gamma=args.gamma)
-    # Details C7, C9: what lies far out, as much does while the statistics are young, must not throw the networks off.
+    # Detail C7, Detail C9: outliers, common while the statistics are young, must not upset networks. ([VecNormalize])
     envs = wrappers.TransformObservation(envs, lambda obs: np.clip(obs, -10, 10))
     return wrappers.TransformReward(envs, lambda rewards: np.clip(rewards, -10, 10))
 
@@ -60,8 +60,8 @@ class Agent(nn.Module):
         self.envs, obs_dim, action_dim = envs, envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
         # Detail C4: separate networks, as in ppo.py: what helps the critic cannot harm the policy. ([PPO] section 6.1)
         self.critic, self.actor = ppo.mlp(obs_dim, 1, std=1.0), ppo.mlp(obs_dim, action_dim, std=0.01)
-        # Detail C2: how widely to try is learned, but is the same in all states: nowhere can a little luck end the
-        # search. The logarithm needs no bounds; at first the deviation is exp(0) = 1. ([PPO] section 6.1; [baselines])
+        # Detail C2: how widely to try is learned, but alike in all states, so that luck in one cannot end the search
+        # there. The logarithm needs no bounds; at first the deviation is exp(0) = 1. ([PPO] section 6.1; [baselines])
         self.actor_logstd = nn.Parameter(torch.zeros(action_dim))
 
     def get_value(self, obs):
@@ -69,12 +69,12 @@ class Agent(nn.Module):
 
     def get_action_and_value(self, obs, action=None):
         """action: (batch, action_dim). Returns it, drawn unless given, log pi(a|s), the entropy, V(s): (batch,)."""
-        # Detail C1: good actions pull the mean towards them and widen or narrow the deviation. The density takes the
-        # place of a probability: it may be over 1, and so its entropy may be negative. ([PPO] section 6.1)
+        # Detail C1: real numbers cannot have a logit each; good ones pull the mean towards them. A density takes the
+        # place of a probability: it may be over 1, and so the entropy may be negative. ([PPO] section 6.1)
         mean = self.actor(obs.float())
         policy = torch.distributions.Normal(mean, self.actor_logstd.exp(), validate_args=False)
         action = policy.sample() if action is None else action
-        # Detail C3: given the state, components are independent: densities multiply, logarithms and entropies add up.
+        # Detail C3: components are drawn independently ([baselines]): densities multiply, logarithms, entropies add up.
         return action, policy.log_prob(action).sum(-1), policy.entropy().sum(-1), self.get_value(obs)
 
     def get_best_action(self, obs):
@@ -100,7 +100,7 @@ class Agent(nn.Module):
 
     def set_extra_state(self, state):
         for rms, (mean, var, count) in zip(self.statistics(), state, strict=True):
-            rms.mean, rms.var, rms.count = mean.numpy(), var.numpy(), count
+            rms.mean, rms.var, rms.count = mean.cpu().numpy(), var.cpu().numpy(), count
 
 
 DEFAULTS = {"env_id": "Hopper-v5", "exp_name": "continuous_action", "total_timesteps": 1000000, "learning_rate": 3e-4}
