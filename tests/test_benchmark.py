@@ -174,8 +174,7 @@ def test_returns_are_saved_to_two_decimals_and_come_back(tmp_path):
 
 
 def test_what_is_saved_is_complete_and_makes_the_saved_tables(tmp_path):
-    for name in ("learning", "ablations", "example"):
-        _, seeds, env_ids, variants = learning.STUDIES[name]
+    for name, (_, seeds, env_ids, variants) in learning.STUDIES.items():
         for env_id in env_ids:
             for variant in variants:
                 assert list(learning.read_runs(learning.RESULTS, name, env_id, variant)) == list(range(1, seeds + 1))

@@ -50,7 +50,7 @@ def test_every_flag_that_is_named_exists(capsys):
         with pytest.raises(SystemExit):
             parse_args(["--help"])
     flags = set(re.findall(r"--[a-z-]+\b", capsys.readouterr().out.replace("-\n", "-")))
-    others = "--all-extras --grep --logdir --nnodes --nproc-per-node --reverse --signal --signals-to-handle"
+    others = "--all-extras --grep --logdir --nnodes --nproc-per-node --reverse --signal --signals-to-handle --studies"
     assert set(re.findall(r"(?<![\w-])--[a-z-]+\b", EVERYTHING)) <= flags | set(others.split())
 
 
@@ -88,6 +88,7 @@ def test_effects_of_the_details_are_those_of_the_saved_table():
         ("README.md", "## Results", "learning"),
         ("README.md", "## Speed", "throughput"),
         ("docs/results.md", "## Returns", "learning"),
+        ("docs/results.md", "## The variants", "learning"),
         ("docs/results.md", "## Speed", "throughput"),
         ("docs/scaling.md", "# Many", "scaling"),
         ("docs/scaling.md", "## The time", "scaling"),
