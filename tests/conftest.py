@@ -84,7 +84,8 @@ def workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup runs the tests it would be ignored, by processes too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup runs the tests it would be ignored, by processes too,
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # and so would this one in the background of a script
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
     while STARTED:
