@@ -20,7 +20,6 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402  (a screen is not needed, and must not be looked for)
 
 BLUE, RED, GRAY = "#0072B2", "#D55E00", "#888888"  # Okabe and Ito's, for all kinds of colour vision
-SIX_COLORS = ("#000000", RED, BLUE, "#009E73", "#CC79A7", "#E69F00")
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -33,10 +32,11 @@ STYLE = {
 
 def draw_study(results):
     """What each variant changes at each learning rate: a heat map, with the default's own return in its first row."""
-    figure, panels = plt.subplots(1, len(study.ENVIRONMENTS), figsize=(8.6, 5.0), layout="constrained", sharey=True)
+    env_ids = [env_id for env_id, setting in study.SETTINGS if setting == "rates"]
+    figure, panels = plt.subplots(1, len(env_ids), figsize=(8.6, 5.0), layout="constrained", sharey=True)
     variants = [v for v in study.DETAILS if v != "default"]
     colors = matplotlib.colors.LinearSegmentedColormap.from_list("", (RED, "#FFFFFF", BLUE))
-    for panel, env_id in zip(panels, study.ENVIRONMENTS, strict=True):
+    for panel, env_id in zip(panels, env_ids, strict=True):
         rows = study.read_rows(results, env_id, "rates")
         effects = [[study.effect(rows, v, rate) for rate in study.RATES] for v in variants]
         means = np.array([[np.mean(x) if x else math.nan for x in row] for row in effects])
@@ -70,36 +70,27 @@ def draw_study(results):
 
 
 def draw_reuse(results):
-    """10 epochs for each batch: the return, and how far and how often the policy strays."""
-    rows = study.read_rows(results, "CartPole-v1", "reuse")
-    figure, panels = plt.subplots(1, 3, figsize=(8.6, 3.6), layout="constrained")
+    """10 epochs for each batch: the return, and how far and how often the policy strays: means over seeds with their
+    95 % intervals."""
+    rows, rates = study.read_rows(results, "CartPole-v1", "reuse"), study.SETTINGS["CartPole-v1", "reuse"][2]
+    figure, panels = plt.subplots(1, 3, figsize=(8.6, 3.0), layout="constrained", sharey=True)
     names = {"mean_return": "return over the run", "kl_mean": "approx_kl, nats", "clipfrac": "clipfrac"}
     for panel, (name, title) in zip(panels, names.items(), strict=True):
-        for i, (variant, color, marker) in enumerate(zip(study.REUSE, SIX_COLORS, "osD^vP", strict=True)):
-            values = [list(study.measure(rows, variant, rate, name).values()) for rate in study.RATES]
-            values = [[x for x in cell if math.isfinite(x)] for cell in values]  # a diverged run may have no KL
-            shown = [x for x, cell in enumerate(values) if cell]
-            means = np.array([np.mean(values[x]) for x in shown])
-            low, high = np.array([learning.interval(values[x]) for x in shown]).reshape(-1, 2).T
-            label = "default" if variant == "default" else study.VARIANTS[variant][0]
-            panel.errorbar(
-                np.array(shown) + 0.09 * (i - 2.5),  # side by side, not on top of each other
-                means,
-                (means - low, high - means),
-                color=color,
-                marker=marker,
-                markersize=5,
-                linewidth=1.2,
-                label=label,
-            )
-        panel.set_xticks(range(len(study.RATES)), [f"× {rate}" for rate in study.RATES])
-        panel.set(title=title, xlabel="learning rate, times 2.5e-4")
-        panel.grid(axis="y", alpha=0.25)
-    panels[1].set_yscale("log")
-    panels[1].yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 3)))
-    panels[1].yaxis.set_major_formatter("{x:g}")
-    panels[1].yaxis.set_minor_formatter("")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        for i, (rate, color, marker) in enumerate(zip(rates, (BLUE, RED), "os", strict=True)):
+            for y, variant in enumerate(study.REUSE):
+                values = [x for x in study.measure(rows, variant, rate, name).values() if math.isfinite(x)]
+                y += 0.24 * (i - 0.5)  # side by side, not on top of each other
+                label = f"learning rate {2.5e-4 * rate:g} (× {rate})" if y < 0.5 else None
+                panel.plot(learning.interval(values), (y, y), color=color, linewidth=2, solid_capstyle="round")
+                panel.plot(np.mean(values), y, marker, color=color, markersize=6, label=label)
+        panel.set_title(title)
+        panel.grid(axis="x", alpha=0.25)
+    panels[0].set_yticks(range(len(study.REUSE)), [study.VARIANTS[v][0] for v in study.REUSE])
+    panels[0].invert_yaxis()
+    panels[1].set_xscale("log")
+    panels[1].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1,)))
+    panels[1].xaxis.set_major_formatter("{x:g}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

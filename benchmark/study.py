@@ -27,19 +27,15 @@ import ppo
 from benchmark import learning
 from benchmark.learning import VARIANTS
 
-STEPS = 150_000
 RATES = (1, 3, 10, 30)  # times the default learning rate
 DETAILS = learning.STUDIES["ablations"][3]
 REUSE = ("default", "no_policy_clipping", "target_kl", "no_clip_vloss", "no_gradient_clipping", "no_norm_adv")
-SETTINGS = {  # name: (flags, variants)
-    "rates": ("", DETAILS),
-    "reuse": ("--update-epochs 10", REUSE),
-    "shape": ("--num-envs 4 --num-steps 128 --vectorization-mode sync", ("default", "no_policy_clipping")),
-}
 BATCHED = "--num-envs 16 --num-steps 32 --vectorization-mode vector_entry_point"
-ENVIRONMENTS = {  # name: (flags, settings)
-    "CartPole-v1": (BATCHED, ("rates", "reuse", "shape")),
-    "Acrobot-v1": ("--num-envs 16 --num-steps 32", ("rates",)),
+SETTINGS = {  # (environment, name): (steps, flags, rates, variants)
+    ("CartPole-v1", "rates"): (150_000, BATCHED, RATES, DETAILS),
+    ("CartPole-v1", "reuse"): (150_000, f"{BATCHED} --update-epochs 10", (10, 30), REUSE),
+    ("CartPole-v1", "shape"): (150_000, "", (1, 30), ("default", "no_policy_clipping")),
+    ("Acrobot-v1", "rates"): (100_000, "--num-envs 16 --num-steps 32", RATES, DETAILS),
 }
 # What the rest of a diverged run counts as: the return of an untrained agent, as its policy is of no use any more.
 UNTRAINED = {"CartPole-v1": 20.0, "Acrobot-v1": -500.0}
@@ -50,9 +46,9 @@ MEASURES += ("explained_variance_median", "epochs", "ended_early", "error")
 
 def run(env_id, setting, variant, rate, seed, steps):
     """Train once, in a folder that is then removed: what was measured, {name: value} of MEASURES."""
-    env_flags, setting_flags = ENVIRONMENTS[env_id][0], SETTINGS[setting][0]
     _, flags, replacements = VARIANTS[variant]
-    flags = f"--env-id={env_id} {env_flags} {setting_flags} {flags}"  # of two values of a flag the later one counts
+    # Of two values of a flag the later one counts.
+    flags = f"--env-id={env_id} {SETTINGS[env_id, setting][1]} {flags}"
     flags += f" --seed={seed} --total-timesteps={steps} --learning-rate={rate * 2.5e-4}"
     minibatches, compute_advantages = [], ppo.compute_advantages  # how many minibatches each update learned from
     ppo_loss = replacements.get("ppo.ppo_loss", ppo.ppo_loss)
@@ -127,7 +123,7 @@ def save_row(results, env_id, setting, key, measured):
     rows = read_rows(results, env_id, setting) | {key: measured}
     writer = csv.writer(out := io.StringIO(), lineterminator="\n")
     writer.writerow((*KEY, *MEASURES))
-    for key in sorted(rows, key=lambda key: (SETTINGS[setting][1].index(key[0]), *key[1:])):
+    for key in sorted(rows, key=lambda key: (SETTINGS[env_id, setting][3].index(key[0]), *key[1:])):
         values = (rows[key][name] for name in MEASURES)
         writer.writerow((*key, *(x if isinstance(x, str) else f"{x:.5g}" for x in values)))
     learning.replace(path_of(results, env_id, setting), out.getvalue().encode())
@@ -137,20 +133,19 @@ def run_all(results, env_ids, seeds, workers, divisor):
     """Run what is not saved yet. study_facts.json keeps where and when."""
     path, where = results / "study_facts.json", learning.machine()
     machines = json.loads(path.read_text()) if path.exists() else {}
-    saved = {(e, setting): read_rows(results, e, setting) for e in env_ids for setting in ENVIRONMENTS[e][1]}
-    jobs = []
-    for env_id in env_ids:
-        for seed in range(1, seeds + 1):  # seed by seed, so that all comparisons grow at the same pace
-            for setting in ENVIRONMENTS[env_id][1]:
-                keys = [(variant, rate, seed) for variant in SETTINGS[setting][1] for rate in RATES]
-                jobs += [(env_id, setting, *key) for key in keys if key not in saved[env_id, setting]]
-    calls = {job: (*job, STEPS // divisor) for job in jobs}
+    saved = {key: read_rows(results, *key) for key in SETTINGS if key[0] in env_ids}
+    calls = {}
+    for seed in range(1, seeds + 1):  # seed by seed, so that all comparisons grow at the same pace
+        for setting in saved:
+            steps, _, rates, variants = SETTINGS[setting]
+            keys = [(variant, rate, seed) for variant in variants for rate in rates]
+            calls |= {(*setting, *key): (*setting, *key, steps // divisor) for key in keys if key not in saved[setting]}
     for (env_id, setting, *key), measured in learning.in_parallel(run, calls, workers):
         save_row(results, env_id, setting, tuple(key), measured)
         first, _ = machines.get(where, [str(date.today())] * 2)
         machines[where] = [first, str(date.today())]
         learning.replace(path, (json.dumps(machines, indent=1) + "\n").encode())
-    return jobs
+    return list(calls)
 
 
 def measure(rows, variant, rate, name="mean_return"):
@@ -168,15 +163,19 @@ def effect(rows, variant, rate, name="mean_return"):
     return differences(measure(rows, variant, rate, name), measure(rows, "default", rate, name))
 
 
+def rates_of(rows):
+    return sorted({rate for _, rate, _ in rows})
+
+
 def best_rate(rows, variant, seeds):
     """The rate with the highest mean return over these seeds."""
-    return max(RATES, key=lambda rate: np.mean([rows[variant, rate, seed]["mean_return"] for seed in seeds]))
+    return max(rates_of(rows), key=lambda rate: np.mean([rows[variant, rate, seed]["mean_return"] for seed in seeds]))
 
 
 def at_best_rate(rows, variant):
     """{seed: return at the variant's best rate} and the rates chosen. The best for the odd seeds is chosen on the even
     ones and the other way round, so that no run is reported that had a part in the choice."""
-    seeds = {seed for *_, seed in rows if all((variant, rate, seed) in rows for rate in RATES)}
+    seeds = {seed for *_, seed in rows if all((variant, rate, seed) in rows for rate in rates_of(rows))}
     halves = [{seed for seed in seeds if seed % 2 == half} for half in (0, 1)]
     if not all(halves):
         return {}, []
@@ -194,11 +193,12 @@ def effect_at_best(rows, variant):
 def working_rates(rows, variant, untrained):
     """The rates at which the mean return is within 10 % of the default's at its best rate, an untrained agent's being
     0 %; and the interval of their number. ([], None) if a rate has no run yet."""
-    seeds = {seed for *_, seed in rows if all((v, r, seed) in rows for v in (variant, "default") for r in RATES)}
+    rates = rates_of(rows)
+    seeds = {seed for *_, seed in rows if all((v, r, seed) in rows for v in (variant, "default") for r in rates)}
     if not seeds:
         return [], None
     ours, default = (
-        np.array([[rows[v, rate, seed]["mean_return"] - untrained for rate in RATES] for seed in sorted(seeds)])
+        np.array([[rows[v, rate, seed]["mean_return"] - untrained for rate in rates] for seed in sorted(seeds)])
         for v in (variant, "default")
     )
 
@@ -208,7 +208,7 @@ def working_rates(rows, variant, untrained):
     chosen = np.random.default_rng(0).integers(len(seeds), size=(10_000, len(seeds)))
     numbers = works(ours[chosen].mean(axis=1), default[chosen].mean(axis=1)).sum(axis=1)
     working = works(ours.mean(axis=0), default.mean(axis=0))
-    return [r for r, w in zip(RATES, working, strict=True) if w], np.percentile(numbers, [2.5, 97.5])
+    return [r for r, w in zip(rates, working, strict=True) if w], np.percentile(numbers, [2.5, 97.5])
 
 
 def excludes_zero(values):
@@ -232,26 +232,27 @@ def mean_of(rows, variant, rate, name, form):
 
 def grid_table(rows, variants, name):
     """Effects at each rate; the first row is the default's own return."""
-    lines = [("default", *(mean_of(rows, "default", rate, name, ".0f") for rate in RATES))]
-    lines += [(VARIANTS[v][0], *(describe(effect(rows, v, r, name)) for r in RATES)) for v in variants[1:]]
-    return learning.table(("", *(f"rate x {rate}" for rate in RATES)), lines)
+    rates = rates_of(rows)
+    lines = [("default", *(mean_of(rows, "default", rate, name, ".0f") for rate in rates))]
+    lines += [(VARIANTS[v][0], *(describe(effect(rows, v, r, name)) for r in rates)) for v in variants[1:]]
+    return learning.table(("", *(f"rate x {rate}" for rate in rates)), lines)
 
 
 def summary_table(rows, variants, untrained):
-    header = ("", "runs", "same as default", "effect at the default rate", "at the best rates", "best rates", "working")
+    header = ("", "same as default", "effect at the default rate", "at the best rates", "best rates", "working rates")
     lines = []
     for v in variants:  # the first is the default
         same = sum(row == rows.get(("default", *key)) for (variant, *key), row in rows.items() if variant == v)
         at_best, best = at_best_rate(rows, v)
         effects = ["", "", f"{np.mean([*at_best.values()]):.0f}" if at_best else ""]
         if v != "default":
-            effects = [same, describe(effect(rows, v, 1)), describe(effect_at_best(rows, v))]
+            runs = sum(variant == v for variant, *_ in rows)
+            effects = [f"{same} of {runs}", describe(effect(rows, v, 1)), describe(effect_at_best(rows, v))]
         working, number = working_rates(rows, v, untrained)
-        working = ", ".join(map(str, working)) or "none"
+        working = ", ".join(f"x {rate}" for rate in working) or "none"
         if number is not None:
             working += f" ({number[0]:.0f} to {number[1]:.0f} rates)"
-        runs = sum(variant == v for variant, *_ in rows)
-        lines.append((VARIANTS[v][0], runs, *effects, " or ".join(map(str, best)), working))
+        lines.append((VARIANTS[v][0], *effects, " or ".join(f"x {rate}" for rate in best), working))
     return learning.table(header, lines)
 
 
@@ -268,7 +269,7 @@ def mechanism_table(rows, variants):
         "explained variance",
     )
     lines = []
-    for v, rate in [(v, rate) for v in variants for rate in RATES]:
+    for v, rate in [(v, rate) for v in variants for rate in rates_of(rows)]:
         errors = list(measure(rows, v, rate, "error").values())
         kl = [mean_of(rows, v, rate, f"kl_{x}", ".4f") for x in ("mean", "median", "max")]
         numbers = [
@@ -287,16 +288,16 @@ def write_tables(results):
     machines = json.loads((results / "study_facts.json").read_text())
     where = "; ".join(f"{' to '.join(sorted(set(dates)))}, {name}" for name, dates in machines.items())
     sections, compared = [], []
-    for env_id, (env_flags, settings) in ENVIRONMENTS.items():
-        for setting in settings:
-            rows, (flags, variants) = read_rows(results, env_id, setting), SETTINGS[setting]
-            for name in ("mean_return", "last_100"):
-                compared += [effect(rows, v, rate, name) for v in variants[1:] for rate in RATES]
-            compared += [effect_at_best(rows, v) for v in variants[1:]]
-            shown = [v for v in variants if v in REUSE]
-            sections.append(f"""## {env_id}, {setting}
+    for (env_id, setting), (steps, flags, rates, variants) in SETTINGS.items():
+        rows = read_rows(results, env_id, setting)
+        for name in ("mean_return", "last_100"):
+            compared += [effect(rows, v, rate, name) for v in variants[1:] for rate in rates]
+        compared += [effect_at_best(rows, v) for v in variants[1:]]
+        shown = [v for v in variants if v in REUSE]
+        seeds = len({seed for *_, seed in rows})
+        sections.append(f"""## {env_id}, {setting}
 
-`{" ".join([env_flags, flags]).strip()}`
+{seeds} seeds, {steps:,} steps, {f"`{flags}`" if flags else "all other flags at their defaults"}
 
 {summary_table(rows, variants, UNTRAINED[env_id])}
 
@@ -319,8 +320,8 @@ What the updates did, means over seeds:
 
 `python -m benchmark.study`, {where}; one torch thread for each run.
 
-{STEPS:,} steps, learning rate 2.5e-4 times {", ".join(map(str, RATES))}. The numbers are those of the details in
-ppo.py: each is switched off alone (a bonus: on). Return over the run is the mean of the learning curve of
+Learning rate 2.5e-4 times {", ".join(map(str, RATES))}. The numbers are those of the details in ppo.py: each is
+switched off alone (a bonus: on). Return over the run is the mean of the learning curve of
 {learning.WINDOWS} points, each the mean return of the episodes that ended in that part of the run's steps. Effects are
 differences to the default's run of the same seed; after their mean, its 95 % percentile bootstrap interval; bold where
 it excludes zero. "Same as default" counts the runs that are the default's in all that was measured: there, what was
@@ -348,7 +349,8 @@ bold interval that hardly excludes zero is therefore weak evidence; several in a
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--environments", nargs="+", default=list(ENVIRONMENTS), choices=list(ENVIRONMENTS))
+    env_ids = list(dict.fromkeys(env_id for env_id, _ in SETTINGS))
+    parser.add_argument("--environments", nargs="+", default=env_ids, choices=env_ids)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--steps-divisor", type=int, default=1, help="shorten every run, to try the study itself")
