@@ -32,34 +32,34 @@ STYLE = {
 
 def draw_study(results):
     """What each variant changes at each learning rate: a heat map, with the default's own return in its first row."""
-    env_ids = [env_id for env_id, setting in study.SETTINGS if setting == "rates"]
-    figure, panels = plt.subplots(1, len(env_ids), figsize=(8.6, 5.0), layout="constrained", sharey=True)
+    settings = {env_id: rates for (env_id, setting), (_, _, rates, _) in study.SETTINGS.items() if setting == "rates"}
+    options = {"layout": "constrained", "sharey": True, "width_ratios": [len(rates) for rates in settings.values()]}
+    figure, panels = plt.subplots(1, len(settings), figsize=(8.6, 5.0), **options)
     variants = [v for v in study.DETAILS if v != "default"]
     colors = matplotlib.colors.LinearSegmentedColormap.from_list("", (RED, "#FFFFFF", BLUE))
-    for panel, env_id in zip(panels, env_ids, strict=True):
+    for panel, (env_id, rates) in zip(panels, settings.items(), strict=True):
         rows = study.read_rows(results, env_id, "rates")
-        effects = [[study.effect(rows, v, rate) for rate in study.RATES] for v in variants]
-        means = np.array([[np.mean(x) if x else math.nan for x in row] for row in effects])
-        largest = max(np.abs(means[np.isfinite(means)]), default=1.0)
+        effects = [[study.effect(rows, v, rate) for rate in rates] for v in variants]
+        means = np.array([[np.mean(x) for x in row] for row in effects])
+        largest = np.abs(means).max()
         image = panel.imshow(means, colors, vmin=-largest, vmax=largest, aspect="auto")
         for (y, x), mean in np.ndenumerate(means):
             found = study.excludes_zero(effects[y][x])
             if found:
                 box = plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, linewidth=1.2, edgecolor="black")
                 panel.add_patch(box)
-            if not math.isnan(mean):
-                style = {"weight": "bold" if found else "normal", "color": "white" if mean > 0.7 * largest else "black"}
-                text = f"{mean:+.0f}".replace("-", "−") if any(effects[y][x]) else "="
-                panel.text(x, y, text, ha="center", va="center", **style)
-        for x, rate in enumerate(study.RATES):
+            style = {"weight": "bold" if found else "normal", "color": "white" if mean > 0.7 * largest else "black"}
+            text = f"{mean:+.0f}".replace("-", "−") if any(effects[y][x]) else "="
+            panel.text(x, y, text, ha="center", va="center", **style)
+        for x, rate in enumerate(rates):
             default = study.mean_of(rows, "default", rate, "mean_return", ".0f").replace("-", "−")
             panel.text(x, -1.15, default, ha="center", va="center")
-        panel.set_xticks(range(len(study.RATES)), [f"{2.5e-4 * rate:g}\n× {rate}" for rate in study.RATES])
+        panel.set_xticks(range(len(rates)), [f"{2.5e-4 * rate:g}\n× {rate}" for rate in rates])
         panel.set(title=env_id, xlabel="learning rate", ylim=(len(variants) - 0.5, -1.7))
         panel.axhline(variants.index("target_kl") - 0.5, color="black", linewidth=0.8)  # below: switched on, not off
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0)
-        bar = figure.colorbar(image, ax=panel, location="bottom", aspect=40, pad=0.02)
+        bar = figure.colorbar(image, ax=panel, location="bottom", aspect=10 * len(rates), pad=0.02)
         bar.set_label("return over the run, minus the default's\n← worse   |   better →")
         bar.outline.set_visible(False)
     labels = ["default: return over the run", *(study.VARIANTS[v][0] for v in variants)]

@@ -11,8 +11,10 @@ them of the saved rows.
 """
 
 import argparse
+import collections
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -35,7 +37,7 @@ SETTINGS = {  # (environment, name): (steps, flags, rates, variants)
     ("CartPole-v1", "rates"): (150_000, BATCHED, RATES, DETAILS),
     ("CartPole-v1", "reuse"): (150_000, f"{BATCHED} --update-epochs 10", (10, 30), REUSE),
     ("CartPole-v1", "shape"): (150_000, "", (1, 30), ("default", "no_gae", "no_policy_clipping")),
-    ("Acrobot-v1", "rates"): (100_000, "--num-envs 16 --num-steps 32", RATES, DETAILS),
+    ("Acrobot-v1", "rates"): (100_000, "--num-envs 16 --num-steps 32", (1, 10), DETAILS),
 }
 # What the rest of a diverged run counts as: the return of an untrained agent, as its policy is of no use any more.
 UNTRAINED = {"CartPole-v1": 20.0, "Acrobot-v1": -500.0}
@@ -86,6 +88,9 @@ def returns(env_id, episodes, error, steps):
     curve = np.full(learning.WINDOWS, np.nan)
     if episodes:
         curve = learning.curve(*np.transpose(episodes), steps)
+    for window in reversed(range(learning.WINDOWS - 1)):
+        if math.isnan(curve[window]):  # no episode ended in it: those that end in the next one were being played
+            curve[window] = curve[window + 1]
     if error:
         last = max((step for step, _ in episodes), default=0)
         unreached = np.arange(learning.WINDOWS) * steps / learning.WINDOWS >= last
@@ -154,7 +159,7 @@ def measure(rows, variant, rate, name="mean_return"):
 
 
 def differences(values, default):
-    """[one difference per seed]. Paired: two runs of a seed start from the same states and weights, mostly."""
+    """[one difference per seed]. Paired, so that runs in which nothing differed cancel."""
     return [values[seed] - default[seed] for seed in sorted(values) if seed in default]
 
 
@@ -163,26 +168,27 @@ def effect(rows, variant, rate, name="mean_return"):
     return differences(measure(rows, variant, rate, name), measure(rows, "default", rate, name))
 
 
-def rates_of(rows):
-    return sorted({rate for _, rate, _ in rows})
-
-
-def best_rate(rows, variant, seeds):
-    """The rate with the highest mean return over these seeds."""
-    return max(rates_of(rows), key=lambda rate: np.mean([rows[variant, rate, seed]["mean_return"] for seed in seeds]))
+def seeds_and_rates(rows):
+    """Those that all variants have."""
+    rates = sorted({rate for _, rate, _ in rows})
+    variants = {variant for variant, *_ in rows}
+    seeds = sorted({seed for *_, seed in rows})
+    return [seed for seed in seeds if all((v, rate, seed) in rows for v in variants for rate in rates)], rates
 
 
 def at_best_rate(rows, variant):
-    """{seed: return at the variant's best rate} and the rates chosen. The best for the odd seeds is chosen on the even
-    ones and the other way round, so that no run is reported that had a part in the choice."""
-    seeds = {seed for *_, seed in rows if all((variant, rate, seed) in rows for rate in rates_of(rows))}
-    halves = [{seed for seed in seeds if seed % 2 == half} for half in (0, 1)]
-    if not all(halves):
-        return {}, []
-    rates = [best_rate(rows, variant, half) for half in halves]
-    chosen = zip(rates, reversed(halves), strict=True)
-    values = {seed: rows[variant, rate, seed]["mean_return"] for rate, half in chosen for seed in half}
-    return values, sorted({*rates})
+    """{seed: return at the variant's best rate} and {rate: how often it was the best}. The best is chosen on half of
+    the seeds and reported of the others, so that no run is reported that had a part in the choice. A seed's value is
+    the mean over all ways to halve the seeds, as not all halves choose the same rate."""
+    seeds, rates = seeds_and_rates(rows)
+    values, chosen = {seed: [] for seed in seeds}, collections.Counter()
+    for half in itertools.combinations(seeds, len(seeds) // 2):
+        means = [np.mean([rows[variant, rate, seed]["mean_return"] for seed in half or seeds]) for rate in rates]
+        best = rates[np.argmax(means)]
+        chosen[best] += 1
+        for seed in set(seeds) - set(half):
+            values[seed].append(rows[variant, best, seed]["mean_return"])
+    return {seed: np.mean(values[seed]) for seed in seeds}, chosen
 
 
 def effect_at_best(rows, variant):
@@ -190,25 +196,20 @@ def effect_at_best(rows, variant):
     return differences(at_best_rate(rows, variant)[0], at_best_rate(rows, "default")[0])
 
 
-def working_rates(rows, variant, untrained):
-    """The rates at which the mean return is within 10 % of the default's at its best rate, an untrained agent's being
-    0 %; and the interval of their number. ([], None) if a rate has no run yet."""
-    rates = rates_of(rows)
-    seeds = {seed for *_, seed in rows if all((v, r, seed) in rows for v in (variant, "default") for r in rates)}
-    if not seeds:
-        return [], None
-    ours, default = (
-        np.array([[rows[v, rate, seed]["mean_return"] - untrained for rate in rates] for seed in sorted(seeds)])
-        for v in (variant, "default")
-    )
+def shares(rows, variant, untrained):
+    """{rate: mean return as a share of the default's at its best rate}, an untrained agent's being 0."""
+    seeds, rates = seeds_and_rates(rows)
 
-    def works(ours, default):  # mean returns, (..., rates)
-        return ours >= 0.9 * default.max(axis=-1, keepdims=True)
+    def above_untrained(variant, rate):
+        return np.mean([rows[variant, rate, seed]["mean_return"] for seed in seeds]) - untrained
 
-    chosen = np.random.default_rng(0).integers(len(seeds), size=(10_000, len(seeds)))
-    numbers = works(ours[chosen].mean(axis=1), default[chosen].mean(axis=1)).sum(axis=1)
-    working = works(ours.mean(axis=0), default.mean(axis=0))
-    return [r for r, w in zip(rates, working, strict=True) if w], np.percentile(numbers, [2.5, 97.5])
+    best = max((above_untrained("default", rate) for rate in rates), default=math.nan)
+    return {rate: above_untrained(variant, rate) / best for rate in rates}
+
+
+def failed(row, untrained):
+    """Whether the run's last 100 episodes were not 10 % better than an untrained agent's, or it diverged."""
+    return bool(row["error"]) or row["last_100"] <= untrained + 0.1 * abs(untrained)
 
 
 def excludes_zero(values):
@@ -232,55 +233,39 @@ def mean_of(rows, variant, rate, name, form):
 
 def grid_table(rows, variants, name):
     """Effects at each rate; the first row is the default's own return."""
-    rates = rates_of(rows)
+    rates = seeds_and_rates(rows)[1]
     lines = [("default", *(mean_of(rows, "default", rate, name, ".0f") for rate in rates))]
     lines += [(VARIANTS[v][0], *(describe(effect(rows, v, r, name)) for r in rates)) for v in variants[1:]]
     return learning.table(("", *(f"rate x {rate}" for rate in rates)), lines)
 
 
 def summary_table(rows, variants, untrained):
-    header = ("", "same as default", "effect at the default rate", "at the best rates", "best rates", "working rates")
-    lines = []
+    header = ("", "same as default", "effect at the default rate", "at the best rates", "best rate")
+    rates, lines = seeds_and_rates(rows)[1], []
     for v in variants:  # the first is the default
         same = sum(row == rows.get(("default", *key)) for (variant, *key), row in rows.items() if variant == v)
-        at_best, best = at_best_rate(rows, v)
-        effects = ["", "", f"{np.mean([*at_best.values()]):.0f}" if at_best else ""]
+        at_best, chosen = at_best_rate(rows, v)
+        effects = ["", "", f"{np.mean([*at_best.values()]):.0f}"]
         if v != "default":
             runs = sum(variant == v for variant, *_ in rows)
             effects = [f"{same} of {runs}", describe(effect(rows, v, 1)), describe(effect_at_best(rows, v))]
-        working, number = working_rates(rows, v, untrained)
-        working = ", ".join(f"x {rate}" for rate in working) or "none"
-        if number is not None:
-            working += f" ({number[0]:.0f} to {number[1]:.0f} rates)"
-        lines.append((VARIANTS[v][0], *effects, " or ".join(f"x {rate}" for rate in best), working))
-    return learning.table(header, lines)
+        best = " or ".join(f"x {rate}" for rate in rates if chosen[rate] >= chosen.total() / 4)
+        working = [f"**{x:.0%}**" if x >= 0.9 else f"{x:.0%}" for x in shares(rows, v, untrained).values()]
+        lines.append((VARIANTS[v][0], *effects, best, *working))
+    return learning.table((*header, *(f"share at rate x {rate}" for rate in rates)), lines)
 
 
-def mechanism_table(rows, variants):
-    header = (
-        "",
-        "rate",
-        "return",
-        "diverged",
-        "approx_kl: mean",
-        "median",
-        "highest",
-        "clipfrac",
-        "explained variance",
-    )
+def mechanism_table(rows, variants, untrained):
+    header = ("", "rate", "return", "failed", "approx_kl: mean", "median", "highest", "clipfrac", "explained variance")
     lines = []
-    for v, rate in [(v, rate) for v in variants for rate in rates_of(rows)]:
-        errors = list(measure(rows, v, rate, "error").values())
-        kl = [mean_of(rows, v, rate, f"kl_{x}", ".4f") for x in ("mean", "median", "max")]
-        numbers = [
-            mean_of(rows, v, rate, "clipfrac", ".3f"),
-            mean_of(rows, v, rate, "explained_variance_median", ".2f"),
-        ]
+    for v, rate in [(v, rate) for v in variants for rate in seeds_and_rates(rows)[1]]:
+        runs = [row for (variant, r, _), row in rows.items() if (variant, r) == (v, rate)]
+        numbers = [mean_of(rows, v, rate, f"kl_{x}", ".4f") for x in ("mean", "median", "max")]
+        numbers += [mean_of(rows, v, rate, "clipfrac", ".3f")]
+        numbers += [mean_of(rows, v, rate, "explained_variance_median", ".2f")]
         numbers += [mean_of(rows, v, rate, "epochs", ".2f"), mean_of(rows, v, rate, "ended_early", ".0%")]
-        diverged = f"{sum(map(bool, errors))} of {len(errors)}"
-        lines.append(
-            (VARIANTS[v][0], f"x {rate}", mean_of(rows, v, rate, "mean_return", ".0f"), diverged, *kl, *numbers)
-        )
+        fails = f"{sum(failed(row, untrained) for row in runs)} of {len(runs)}"
+        lines.append((VARIANTS[v][0], f"x {rate}", mean_of(rows, v, rate, "mean_return", ".0f"), fails, *numbers))
     return learning.table((*header, "epochs", "updates ended early"), lines)
 
 
@@ -289,17 +274,14 @@ def write_tables(results):
     where = "; ".join(f"{' to '.join(sorted(set(dates)))}, {name}" for name, dates in machines.items())
     sections, compared = [], []
     for (env_id, setting), (steps, flags, rates, variants) in SETTINGS.items():
-        rows = read_rows(results, env_id, setting)
-        for name in ("mean_return", "last_100"):
-            compared += [effect(rows, v, rate, name) for v in variants[1:] for rate in rates]
-        compared += [effect_at_best(rows, v) for v in variants[1:]]
-        shown = [v for v in variants if v in REUSE]
-        seeds = len({seed for *_, seed in rows})
+        rows, untrained = read_rows(results, env_id, setting), UNTRAINED[env_id]
+        variants = [v for v in variants if any(v == variant for variant, *_ in rows)]
+        summary = summary_table(rows, variants, untrained) if setting == "rates" else ""
+        compared += [effect(rows, v, rate) for v in variants[1:] for rate in rates]
+        seeds = len(seeds_and_rates(rows)[0])
         sections.append(f"""## {env_id}, {setting}
 
 {seeds} seeds, {steps:,} steps, {f"`{flags}`" if flags else "all other flags at their defaults"}
-
-{summary_table(rows, variants, UNTRAINED[env_id])}
 
 Effect on the return over the run; first the default's own:
 
@@ -309,9 +291,11 @@ Effect on the return of the last 100 episodes:
 
 {grid_table(rows, variants, "last_100")}
 
+{summary}
+
 What the updates did, means over seeds:
 
-{mechanism_table(rows, shown)}
+{mechanism_table(rows, variants, untrained)}
 """)
     untrained = ", ".join(f"{env_id}: {value:.0f}" for env_id, value in UNTRAINED.items())
     compared = [x for x in compared if any(x)]
@@ -321,26 +305,29 @@ What the updates did, means over seeds:
 `python -m benchmark.study`, {where}; one torch thread for each run.
 
 Learning rate 2.5e-4 times {", ".join(map(str, RATES))}. The numbers are those of the details in ppo.py: each is
-switched off alone (a bonus: on). Return over the run is the mean of the learning curve of
-{learning.WINDOWS} points, each the mean return of the episodes that ended in that part of the run's steps. Effects are
-differences to the default's run of the same seed; after their mean, its 95 % percentile bootstrap interval; bold where
-it excludes zero. "Same as default" counts the runs that are the default's in all that was measured: there, what was
-switched never acted.
+switched off alone (a bonus: on). Return over the run is the mean of the learning curve of {learning.WINDOWS} points,
+each the mean return of the episodes that ended in that part of the run's steps; where none did, of those that ended
+next. Effects are differences to the default's run of the same seed; after their mean, its 95 % percentile bootstrap
+interval; bold where it excludes zero. "Same as default" counts the runs that are the default's in all that was
+measured: there, what was switched never acted.
 
-At the best rates: each side at its own best rate. The best for the odd seeds is chosen on the even ones and the other
-way round, so no run is reported that had a part in the choice. Working: the rates at which the mean return is within
-10 % of the default's at its best rate, where an untrained agent ({untrained}) is 0 %;
-and the 95 % interval of their number.
+At the best rates: each side at its own best of the rates of its table, chosen on one half of the seeds and reported of
+the other, in the mean over all ways to halve them. "Best rate" is what at least a quarter of the halves chose. Share:
+the mean return in units of the default's at its best rate, where an untrained agent ({untrained}) is 0;
+bold from 90 % on: a rate that works.
 
-A run that diverged (its parameters were not finite any more) is a result: what it did not reach, and its last 100
-episodes, count as an untrained agent's. approx_kl is that of each update's last minibatch; the mean, median and highest
-of the updates. clipfrac is what leaves 1 ± 0.2, also where nothing is clipped. Explained variance is the median of the
-updates. Epochs are how many an update had, as --target-kl may end one early.
+Failed: runs whose last 100 episodes were less than 10 % better than an untrained agent's, and those that diverged (not
+finite any more), of which what was not reached, and the last 100 episodes, count as an untrained agent's. The last 100
+episodes of a good run are a third of CartPole's steps. approx_kl is that of each update's last minibatch; the mean,
+median and highest of the updates. clipfrac is of all minibatches: what leaves 1 ± 0.2, also where nothing is clipped.
+Explained variance is the median of the updates. Epochs are how many an update had, as --target-kl may end one early.
 
-Chance: {len(compared)} intervals below compare a variant with the default (without those where it never acted), and
-{found} exclude zero. If nothing had any effect, 5 % would by chance: {0.05 * len(compared):.0f}. In truth about 10 %,
-{0.1 * len(compared):.0f}, as a percentile interval of ten values is too narrow (tried with normal values). A single
-bold interval that hardly excludes zero is therefore weak evidence; several in a row are not.
+Chance: {len(compared)} intervals of the return over the run compare a variant with the default at a rate (without those
+where it never acted), and {found} exclude zero. If nothing had any effect, 5 % would by chance,
+{0.05 * len(compared):.0f}; in truth about 10 %, {0.1 * len(compared):.0f}, as a percentile interval of ten values is
+too narrow (tried with normal values). All variants at a rate are compared with the same ten runs of the default:
+several bold ones in a column may have one cause, several in a row are better evidence. Where a run learns all or
+nothing, as on Acrobot, a single failure moves the mean by a tenth of all there is to gain.
 
 {chr(10).join(sections)}"""
     learning.replace(results / "study.md", text.encode())
@@ -359,6 +346,8 @@ def main():
         "--results", type=Path, default=learning.RESULTS, help="folder for the tables and the saved runs"
     )
     args = parser.parse_args()
+    if args.steps_divisor != 1 and args.results == learning.RESULTS:
+        parser.error("--steps-divisor makes runs that are not to be kept: --results must name another folder")
     if not args.table_only:
         run_all(args.results, args.environments, args.seeds, args.workers, args.steps_divisor)
     write_tables(args.results)

@@ -248,6 +248,12 @@ def test_study_what_a_diverged_run_did_not_reach_counts_as_untrained(monkeypatch
     assert study.returns("CartPole-v1", [], "diverged", 100) == {"mean_return": 20, "last_100": 20}
 
 
+def test_study_where_no_episode_ended_those_that_ended_next_count(monkeypatch):
+    monkeypatch.setattr(learning, "WINDOWS", 4)
+    episodes = [(10, -50.0), (60, -20.0), (60, -10.0)]  # none from 25 to 50, none at the end
+    assert study.returns("Acrobot-v1", episodes, "", 100)["mean_return"] == (-50 - 15 - 15) / 3
+
+
 def test_study_rows_are_saved_and_come_back_in_any_order(tmp_path):
     (tmp_path / "other").mkdir()
     rows = {("target_kl", 1, 2): row(12.25, kl_max=math.inf), ("default", 30, 1): row(-7.5, "error: a, b")}
@@ -269,34 +275,41 @@ def test_study_effects_are_paired_by_seed():
 
 
 def test_study_best_rate_is_chosen_on_the_other_half_of_the_seeds():
-    default = {1: [1, 5, 1, 5], 3: [4, 2, 4, 2], 10: [0, 0, 0, 0], 30: [0, 0, 0, 0]}
-    ours = {1: [0, 0, 0, 0], 3: [7, 6, 7, 6], 10: [0, 0, 0, 0], 30: [0, 0, 0, 0]}
+    default = {1: [1, 9], 3: [4, 2]}  # seed 1 chooses rate 3, seed 2 rate 1
+    ours = {1: [0, 0], 3: [7, 6]}
     rows = made_up({"default": default, "no_gae": ours})
-    values, rates = study.at_best_rate(rows, "default")  # odd seeds: rate 1, the best of the even ones
-    assert (values, rates) == ({1: 1, 3: 1, 2: 2, 4: 2}, [1, 3])
-    assert study.effect_at_best(rows, "no_gae") == [6, 4, 6, 4]
-    assert study.at_best_rate({key: x for key, x in rows.items() if key[2] == 1}, "default") == ({}, [])
+    values, chosen = study.at_best_rate(rows, "default")
+    assert (values, chosen) == ({1: 1, 2: 2}, {1: 1, 3: 1})
+    assert study.effect_at_best(rows, "no_gae") == [6, 4]
 
 
-def test_study_working_rates_are_within_a_tenth_of_the_default_s_best():
-    default = {1: [50, 50], 3: [109, 111], 10: [120, 120], 30: [20, 20]}
-    ours = {1: [120, 120], 3: [111, 109], 10: [109.9, 109.9], 30: [100, 122]}
-    rows = made_up({"default": default, "no_gae": ours})
-    rates, number = study.working_rates(rows, "default", 20)
-    assert (rates, *number) == ([3, 10], 1, 2)  # 90 % of 100 above 20: 110
-    rates, number = study.working_rates(rows, "no_gae", 20)
-    assert (rates, *number) == ([1, 3, 30], 2, 3)  # of 3 and 30 each fails in one of the two seeds
-    assert study.working_rates(made_up({"default": default}), "no_gae", 20) == ([], None)
+def test_study_best_rate_is_the_mean_over_all_ways_to_halve_the_seeds():
+    rows = made_up({"default": {1: [0, 0, 0, 12], 3: [3, 3, 3, 3]}})  # 1 is the best for halves with seed 4
+    values, chosen = study.at_best_rate(rows, "default")
+    assert (values, chosen) == ({1: 1, 2: 1, 3: 1, 4: 3}, {1: 3, 3: 3})
+
+
+def test_study_shares_are_of_the_default_s_best_above_an_untrained_agent():
+    rows = made_up({"default": {1: [50, 90], 3: [110, 130]}, "no_gae": {1: [20, 20], 3: [110, 110]}})
+    assert study.shares(rows, "default", 20) == {1: 0.5, 3: 1}
+    assert study.shares(rows, "no_gae", 20) == {1: 0, 3: 0.9}
+    assert "| 0% | **90%** |" in study.summary_table(rows, ("default", "no_gae"), 20)
+
+
+def test_study_a_run_failed_if_it_ends_like_an_untrained_agent():
+    assert study.failed(row(last_100=-450), -500) and not study.failed(row(last_100=-449), -500)
+    assert study.failed(row(last_100=22), 20) and not study.failed(row(last_100=23), 20)
+    assert study.failed(row(last_100=500, error="error: diverged"), 20)
 
 
 def test_study_runs_are_not_repeated_and_make_tables(tmp_path, monkeypatch):
     setting = (150_000, study.BATCHED, (1, 30), ("default", "target_kl"))
-    monkeypatch.setattr(study, "SETTINGS", {("CartPole-v1", "reuse"): setting})
+    monkeypatch.setattr(study, "SETTINGS", {("CartPole-v1", "rates"): setting})
     options = {"env_ids": ["CartPole-v1"], "workers": 1, "divisor": 150}
     assert len(study.run_all(tmp_path, seeds=1, **options)) == 4
     jobs = study.run_all(tmp_path, seeds=2, **options)
-    assert jobs == [("CartPole-v1", "reuse", v, rate, 2) for v in ("default", "target_kl") for rate in (1, 30)]
-    rows = study.read_rows(tmp_path, "CartPole-v1", "reuse")
+    assert jobs == [("CartPole-v1", "rates", v, rate, 2) for v in ("default", "target_kl") for rate in (1, 30)]
+    rows = study.read_rows(tmp_path, "CartPole-v1", "rates")
     assert len(rows) == 8 and all(values["error"] == "" for values in rows.values())
     study.write_tables(tmp_path)
     text = (tmp_path / "study.md").read_text()
