@@ -14,8 +14,8 @@ gains nothing; then they are thrown away. Part one is the algorithm, part two th
     4. learning rate annealing        8. clipped policy objective            Bonus: early stopping by the KL divergence
 
 Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347; [GAE] Schulman et al. 2016, arXiv:1506.02438; [A3C] Mnih et al.
-2016, arXiv:1602.01783; [Pardo] Pardo et al. 2018, arXiv:1712.00378; [baselines] the authors' code, openai/baselines,
-ppo2; [Huang] 37 Implementation Details of PPO, ICLR Blog 2022; [What matters] Andrychowicz et al., arXiv:2006.05990.
+2016, arXiv:1602.01783; [Pardo] Pardo et al., arXiv:1712.00378; [baselines] the authors' code, openai/baselines, ppo2;
+[Huang] 37 Implementation Details of PPO, 2022; [What matters] arXiv:2006.05990. "Found": docs/details.md, ours.
 """
 
 import argparse
@@ -112,11 +112,11 @@ def make_env(args, seed, video=None, render_mode=None):
 def make_envs(args, num_envs, seed, video=None, render_mode=None):
     """``num_envs`` environments as one, of which the first may be recorded. ValueError: a space is not supported.
     Infos hold the return ("r") and the length ("l") of episodes that ended, under "episode_statistics"."""
-    # Detail 1: N environments are stepped together. One forward pass serves all of them, and a batch of N
-    # independent stretches is more varied, and its averages less noisy, than one stretch N times as long. ([A3C]; [PPO]
-    # Algorithm 1: N actors) After an episode comes a new one. SAME_STEP: the step that ends one also resets, returns
-    # the new one's first observation and puts the last one into infos["final_obs"]. NEXT_STEP, all that some batched
-    # environments can do: the step that ends one returns its last observation; the next only resets, to be left out.
+    # Detail 1: N environments are stepped together. One forward pass serves all of them, and N independent stretches
+    # are more varied than one N times as long. ([A3C]; [PPO] Algorithm 1) Found: faster; per step, one teaches as much.
+    # After an episode comes a new one. SAME_STEP: the step that ends one also resets, returns the new one's first
+    # observation and puts the last one into infos["final_obs"]. NEXT_STEP, all that some batched environments can do:
+    # the step that ends one returns its last observation; the next only resets, to be left out.
     thunks = [make_env(args, seed, video, render_mode), *(make_env(args, seed + i) for i in range(1, num_envs))]
     options = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # train copies observations
     if video and args.vectorization_mode == "vector_entry_point":
@@ -140,9 +140,9 @@ def resets_in_same_step(envs):
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
-    # Detail 2: a square orthogonal matrix keeps all lengths, forward and backward: signals and gradients neither vanish
-    # nor explode at first (Saxe et al. 2014, arXiv:1312.6120). A gain of sqrt(2) makes up for the half of the squared
-    # length that a ReLU cuts off (He et al. 2015, arXiv:1502.01852); for tanh it is a habit, from [baselines].
+    # Detail 2: a square orthogonal matrix keeps all lengths, so signals and gradients neither vanish nor explode at
+    # first (Saxe et al. 2014, arXiv:1312.6120). A gain of sqrt(2) makes up for the half of the squared length that a
+    # ReLU cuts off (He et al. 2015, arXiv:1502.01852); for tanh it is a habit, from [baselines]. Found: little effect.
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -183,12 +183,12 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
     """Advantages, how much better each action turned out than the critic expected, and returns, the critic's targets:
     (num_steps, num_envs) each, as are the rewards. values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the
     step before obs[t] ended an episode. Their last row belongs to the observation that follows the rollout."""
-    # Detail 5: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) compares what V foretold with what a step shows.
-    # GAE sums this and later ones: A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * delta_{t+2}...
-    # lambda = 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel
-    # and leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18) An
+    # Detail 5: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) compares what V foretold with what a step shows. GAE sums
+    # this and later ones: A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * delta_{t+2}... lambda =
+    # 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel and
+    # leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18) An
     # episode's end ends the sum: V is 0 there, and later rewards are the next episode's. At the rollout's end
-    # V(s_{t+1}) stands for all that is still to come (bootstrapping).
+    # V(s_{t+1}) stands for all that is still to come (bootstrapping). Found: Acrobot needs it at the default rate.
     continues = 1.0 - dones[1:]  # 0 where step t ended an episode
     if gae:
         deltas = rewards + gamma * values[1:] * continues - values[:-1]
@@ -218,27 +218,27 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     """The loss of a minibatch, and a dict of what to log. (minibatch_size,) each; mb_: as the rollout left it."""
     logratio = newlogprob - mb_logprobs
     ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
-    # Detail 7: with mean 0 and standard deviation 1 the scale of the rewards drops out of the policy loss, and every
-    # minibatch encourages some of its actions and discourages others. ([baselines], for each minibatch, as here)
+    # Detail 7: with mean 0 and standard deviation 1 the scale of the rewards drops out of the policy loss, and each
+    # minibatch encourages some of its actions, discourages others. ([baselines]) Found: much at 30 times the rate.
     if args.norm_adv:
         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
     # Detail 8: the loss makes good actions (A > 0) likelier. Why a ratio: the old policy drew them, and one that is now
-    # twice as likely must count twice. Far from the old policy its advantages are wrong, and a policy ruined by them
-    # collects the next batch: so the loss is flat once a good action's ratio is above 1 + clip_coef, a bad one's below
-    # 1 - clip_coef. The ratio of a good one that fell to 0.5 keeps its slope, by the max. ([PPO] eq. 7: min, of -loss)
+    # twice as likely counts twice. Far from it the advantages are wrong, and a ruined policy collects the next batch:
+    # so the loss is flat once a good action's ratio is above 1 + clip_coef, a bad one's below 1 - clip_coef. A good
+    # one's 0.5 keeps its slope, by the max. ([PPO] eq. 7: min, of -loss) Found: vital at 10 times the rate.
     pg_loss1 = -mb_advantages * ratio
     pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
     # Detail 9: meant to make the critic's training steadier ([baselines]): it stays near its old self, too, as moving a
-    # value further than clip_coef gains nothing. That is in units of return: wide for returns of 1, tight for 100. Not
-    # in the paper. Later studies found it useless (arXiv:2005.12729) or harmful ([What matters]).
+    # value further than clip_coef gains nothing. That is in units of return: wide for 1, tight for 100. Not in [PPO].
+    # Later studies: useless (arXiv:2005.12729), harmful ([What matters]). Found: slower at the default rate.
     v_loss = (newvalue - mb_returns) ** 2
     if args.clip_vloss:
         v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
         v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
     v_loss = 0.5 * v_loss.mean()  # 0.5: [baselines]
     # Detail 10: entropy is highest where all actions are equally likely: the bonus keeps the policy from settling early
-    # ([A3C]; [PPO] equation 9). vf_coef (c1 there; 0.5: [baselines]) matters if actor and critic share layers. Here
+    # ([A3C]; [PPO] equation 9). Found: nothing clear. vf_coef (c1 there) matters if actor and critic share layers. Here
     # they do not: Adam's m / sqrt(v) (detail 3) cancels a loss's scale, so it acts only through the norm of detail 11.
     entropy_loss = entropy.mean()
     loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
@@ -259,8 +259,8 @@ def train(args, make_envs=make_envs, Agent=Agent):
         device, T, N = run.device, args.num_steps, args.local_num_envs
         envs = run.make(make_envs)  # make_envs for this process's share of the environments
         agent = Agent(envs).to(device)
-        # Detail 3: the step is lr * m / (sqrt(v) + eps), with means of the gradient, m, and of its square, v. Where v
-        # is tiny, eps = 1e-5 ([baselines]; PyTorch: 1e-8) keeps steps small: such gradients are mostly noise, we think.
+        # Detail 3: the step is lr * m / (sqrt(v) + eps); m, v: means of the gradient and its square. Where v is tiny,
+        # eps = 1e-5 ([baselines]; PyTorch: 1e-8) keeps it small: such gradients are mostly noise. Found: no effect.
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
         # The rollout, in numpy as environments speak it. A row more of values and dones is for what follows it.
@@ -272,8 +272,8 @@ def train(args, make_envs=make_envs, Agent=Agent):
         global_step, next_obs, next_done = run.start(agent, optimizer, next_obs, next_done)  # not 0 if it is resumed
 
         for update in range(global_step // args.batch_size + 1, args.num_updates + 1):
-            # Detail 4: large steps while there is much to learn, ever smaller ones to settle on what was found: linear,
-            # from learning_rate in the first update to learning_rate / num_updates in the last. ([PPO] table 5)
+            # Detail 4: large steps first, ever smaller ones to settle: linear, from learning_rate to learning_rate /
+            # num_updates. ([PPO] table 5) Found: slower at the default rate, a steadier end at 30 times it.
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = (1 - (update - 1) / args.num_updates) * args.learning_rate
             # Rollout
@@ -303,7 +303,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
             clipfracs = []
             for _ in range(args.update_epochs):
                 # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
-                # than one exact step, and each sample is used once per epoch. ([PPO] Algorithm 1; [baselines])
+                # than an exact one; each sample counts once per epoch. ([PPO] Algorithm 1) Found: much at low rates.
                 np.random.shuffle(b_inds)
                 for mb_inds in torch.from_numpy(b_inds).to(device).tensor_split(args.num_minibatches):
                     _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
@@ -316,13 +316,13 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     optimizer.zero_grad()
                     loss.backward()
                     run.average_gradients(agent)  # over the processes of torchrun, if there are several
-                    # Detail 11: all gradients, as one vector, keep their direction, but no length over max_grad_norm:
-                    # an outlier would stay in Adam's means for long. ([baselines]; Pascanu et al., arXiv:1211.5063)
+                    # Detail 11: all gradients, as one vector, keep their direction, but are at most max_grad_norm long:
+                    # an outlier would linger in Adam's means. (arXiv:1211.5063) Found: slower at the default rate.
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                 # Bonus: clipping only flattens the loss of samples beyond the range; the others, the entropy bonus and
                 # Adam's momentum still move the policy. If the KL (k3) of an epoch's last minibatch is over target_kl,
-                # the data are too old for another epoch. ([Huang]; OpenAI's Spinning Up looks at every step)
+                # the data are too old for another epoch. ([Huang]) Found: it acts at high rates only.
                 if args.target_kl is not None and run.mean(stats["approx_kl"]) > args.target_kl:
                     break
             # Debug variables are of the last minibatch; clipfrac is the mean of all. Explained variance ([baselines]):

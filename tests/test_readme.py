@@ -71,7 +71,7 @@ def test_effects_of_the_details_are_those_of_the_saved_table():
     cartpole, acrobot = (RESULTS / "ablations.md").read_text().split("## Acrobot-v1")
     saved = [cells(part) for part in (cartpole, acrobot)]
     page = PAGES["docs/details.md"]
-    rows = [row for row in cells(page) if re.fullmatch(r"[+-]\d.*", row[-1])]
+    rows = [row for row in cells(page) if len(row) == 4 and re.fullmatch(r"[+-]\d.*", row[-1])]
     assert len(rows) == 13
     for row, *others in zip(rows, *(table[3:] for table in saved), strict=True):
         assert row[0] == re.match(r"\d*", others[0][0])[0]
@@ -80,6 +80,39 @@ def test_effects_of_the_details_are_those_of_the_saved_table():
         for effect in row[-2:]:
             low, high = map(float, re.search(r"\((\S+) to (\S+)\)", effect).groups())
             assert (f"**{effect}**" in bold) == (low > 0 or high < 0)
+
+
+def study_tables():
+    """{heading: tables, each a list of rows of cells} of study.md."""
+    sections = (RESULTS / "study.md").read_text().split("\n## ")[1:]
+    return {text.split("\n")[0]: tables_of(text) for text in sections}
+
+
+def tables_of(text):
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [[[c.strip() for c in row[1:-1].split("|")] for row in table.splitlines()] for table in tables]
+
+
+def test_what_the_readme_says_of_each_detail_is_what_the_study_found():
+    saved, (shown,) = study_tables(), tables_of(README[README.index("## The details") :].split("\n## ")[0])
+    summaries = [saved[f"{env_id}, rates"][2] for env_id in ("CartPole-v1", "Acrobot-v1")]
+    assert len(shown) == 16
+    for row, *found in list(zip(shown, *summaries, strict=True))[2:]:
+        expected = []
+        for header, line in zip((summaries[0][0], summaries[1][0]), found, strict=True):
+            shares = zip(header[5:], line[5:], strict=True)
+            working = [name.split()[-1] for name, share in shares if share.startswith("**")]
+            expected += [re.sub(r" \([^)]*\)", "", line[3]), ", ".join(working) or "none"]
+        assert row[0] == re.match(r"\d*", found[0][0])[0] and row[3:] == expected
+
+
+def test_tables_of_the_details_are_those_of_the_study():
+    page, saved = PAGES["docs/details.md"].replace("\n", " "), study_tables()
+    shown = tables_of(PAGES["docs/details.md"])
+    assert saved["CartPole-v1, rates"][2] in shown and saved["Acrobot-v1, rates"][2] in shown
+    assert saved["CartPole-v1, reuse"][2] in shown and saved["CartPole-v1, shape"][0] in shown
+    count, found = re.search(r"Chance: (\d+) .*\n.* (\d+) exclude", (RESULTS / "study.md").read_text()).groups()
+    assert f" {count} intervals" in page and f" {found} exclude 0" in page
 
 
 @pytest.mark.parametrize(
