@@ -60,7 +60,7 @@ def draw_study(results):
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0)
         bar = figure.colorbar(image, ax=panel, location="bottom", aspect=10 * len(rates), pad=0.02)
-        bar.set_label("return over the run, minus the default's\n← worse   |   better →")
+        bar.set_label("difference to the default\n← worse   |   better →")
         bar.outline.set_visible(False)
     labels = ["default: return over the run", *(study.VARIANTS[v][0] for v in variants)]
     panels[0].set_yticks([-1.15, *range(len(variants))], labels)

@@ -1,11 +1,11 @@
-"""When does each detail of ppo.py matter? Each switched off in turn at four learning rates, and where data are reused.
+"""When does each detail of ppo.py matter? Each switched off in turn at several learning rates; and with data reused.
 
     pip install '.[benchmark]'
-    python -m benchmark.study           # about six hours of one core; a second call goes on where one stopped
+    python -m benchmark.study           # two cores: two and a half hours; a second call goes on where one stopped
     python -m benchmark.plots           # then draws what was saved
 
 Three settings. "rates": as by default, but 16 environments x 32 steps in a batch, which is cheaper. "reuse": 10 epochs
-for each batch instead of 4. "shape": the default's 4 x 128 steps, to see whether what one row says holds there too.
+for each batch instead of 4. "shape": the default's 4 x 128 steps, to see whether what two rows say holds there too.
 Every run is one row of results/study/<environment>__<setting>.csv. The tables are results/study.md; --table-only makes
 them of the saved rows.
 """

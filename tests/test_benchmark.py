@@ -316,3 +316,12 @@ def test_study_runs_are_not_repeated_and_make_tables(tmp_path, monkeypatch):
     assert "2 seeds, 150,000 steps, `--num-envs 16" in text
     assert re.search(r"^\| bonus: target KL 0.015 \| \d of 4 \|", text, re.MULTILINE)
     assert study.run_all(tmp_path, seeds=2, **options) == []
+
+
+def test_study_that_is_saved_is_complete_and_makes_the_saved_tables(tmp_path):
+    for (env_id, setting), (_, _, rates, variants) in study.SETTINGS.items():
+        rows = study.read_rows(learning.RESULTS, env_id, setting)
+        assert list(rows) == [(v, rate, seed) for v in variants for rate in rates for seed in range(1, 11)]
+    shutil.copytree(learning.RESULTS, tmp_path / "results")
+    study.write_tables(tmp_path / "results")
+    assert (tmp_path / "results" / "study.md").read_text() == (learning.RESULTS / "study.md").read_text()
