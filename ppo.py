@@ -15,7 +15,7 @@ gains nothing; then they are thrown away. Part one is the algorithm, part two th
 
 Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347; [GAE] Schulman et al. 2016, arXiv:1506.02438; [A3C] Mnih et al.
 2016, arXiv:1602.01783; [Pardo] Pardo et al., arXiv:1712.00378; [baselines] the authors' code, openai/baselines, ppo2;
-[Huang] 37 Implementation Details of PPO, 2022; [What matters] arXiv:2006.05990. "Found": docs/details.md, ours.
+[Huang] 37 Implementation Details of PPO; [What matters] arXiv:2006.05990. "Found": our measurements, docs/details.md.
 """
 
 import argparse
@@ -183,10 +183,10 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
     """Advantages, how much better each action turned out than the critic expected, and returns, the critic's targets:
     (num_steps, num_envs) each, as are the rewards. values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the
     step before obs[t] ended an episode. Their last row belongs to the observation that follows the rollout."""
-    # Detail 5: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) compares what V foretold with what a step shows. GAE sums
-    # this and later ones: A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * delta_{t+2}... lambda =
-    # 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel and
-    # leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18) An
+    # Detail 5: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) compares what V foretold with what a step shows.
+    # GAE sums this and later ones: A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * delta_{t+2}...
+    # lambda = 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel
+    # and leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18) An
     # episode's end ends the sum: V is 0 there, and later rewards are the next episode's. At the rollout's end
     # V(s_{t+1}) stands for all that is still to come (bootstrapping). Found: Acrobot needs it.
     continues = 1.0 - dones[1:]  # 0 where step t ended an episode
@@ -223,15 +223,15 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     if args.norm_adv:
         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
     # Detail 8: the loss makes good actions (A > 0) likelier. Why a ratio: the old policy drew them, and one that is now
-    # twice as likely counts twice. Far from it the advantages are wrong, and a ruined policy collects the next batch:
-    # so the loss is flat once a good action's ratio is above 1 + clip_coef, a bad one's below 1 - clip_coef. A good
-    # one's 0.5 keeps its slope, by the max. ([PPO] eq. 7: min, of -loss) Found: vital at 10 times the rate.
+    # twice as likely must count twice. Far from that policy its advantages are wrong, and a bad one collects the next
+    # batch: so the loss is flat once a good action's ratio is above 1 + clip_coef, a bad one's below 1 - clip_coef. A
+    # good one's of 0.5 keeps its slope, by the max. ([PPO] eq. 7: min, of -loss) Found: vital at 10 times the rate.
     pg_loss1 = -mb_advantages * ratio
     pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
     # Detail 9: meant to make the critic's training steadier ([baselines]): it stays near its old self, too, as moving a
     # value further than clip_coef gains nothing. That is in units of return: wide for 1, tight for 100. Later studies:
-    # useless (arXiv:2005.12729), harmful ([What matters]). Found: slower at low rates, steadier at high ones.
+    # useless (arXiv:2005.12729), harmful ([What matters]). Found: slow at the default rate; Acrobot needs it at 10 x.
     v_loss = (newvalue - mb_returns) ** 2
     if args.clip_vloss:
         v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
@@ -260,7 +260,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
         envs = run.make(make_envs)  # make_envs for this process's share of the environments
         agent = Agent(envs).to(device)
         # Detail 3: the step is lr * m / (sqrt(v) + eps); m, v: means of the gradient and its square. Where v is tiny,
-        # eps = 1e-5 ([baselines]; PyTorch: 1e-8) keeps it small: such gradients are mostly noise. Found: no effect.
+        # eps = 1e-5 ([baselines]; PyTorch: 1e-8) keeps it small: such gradients are noise, we think. Found: no effect.
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
         # The rollout, in numpy as environments speak it. A row more of values and dones is for what follows it.
