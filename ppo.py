@@ -188,7 +188,7 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
     # lambda = 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel
     # and leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18) An
     # episode's end ends the sum: V is 0 there, and later rewards are the next episode's. At the rollout's end
-    # V(s_{t+1}) stands for all that is still to come (bootstrapping). Found: Acrobot needs it.
+    # V(s_{t+1}) stands for all that is still to come (bootstrapping). Found: it helps on Acrobot.
     continues = 1.0 - dones[1:]  # 0 where step t ended an episode
     if gae:
         deltas = rewards + gamma * values[1:] * continues - values[:-1]
@@ -231,7 +231,7 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
     # Detail 9: meant to make the critic's training steadier ([baselines]): it stays near its old self, too, as moving a
     # value further than clip_coef gains nothing. That is in units of return: wide for 1, tight for 100. Later studies:
-    # useless (arXiv:2005.12729), harmful ([What matters]). Found: slow at the default rate; Acrobot needs it at 10 x.
+    # useless (arXiv:2005.12729), harmful ([What matters]). Found: slow at the default rate, helps Acrobot at 10 x.
     v_loss = (newvalue - mb_returns) ** 2
     if args.clip_vloss:
         v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
