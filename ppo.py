@@ -113,7 +113,7 @@ def make_envs(args, num_envs, seed, video=None, render_mode=None):
     """``num_envs`` environments as one, of which the first may be recorded. ValueError: a space is not supported.
     Infos hold the return ("r") and the length ("l") of episodes that ended, under "episode_statistics"."""
     # Detail 1: N environments are stepped together. One forward pass serves all of them, and N independent stretches
-    # are more varied than one N times as long. ([A3C]; [PPO] Algorithm 1) Found: faster; per step, one teaches as much.
+    # are more varied than one N times as long. ([A3C]; [PPO] Algorithm 1) Found: faster; per step, one teaches more.
     # After an episode comes a new one. SAME_STEP: the step that ends one also resets, returns the new one's first
     # observation and puts the last one into infos["final_obs"]. NEXT_STEP, all that some batched environments can do:
     # the step that ends one returns its last observation; the next only resets, to be left out.
