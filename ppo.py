@@ -142,7 +142,7 @@ def resets_in_same_step(envs):
 def layer_init(layer, std=2**0.5, bias_const=0.0):
     # Detail 2: a square orthogonal matrix keeps all lengths, so signals and gradients neither vanish nor explode at
     # first (Saxe et al. 2014, arXiv:1312.6120). A gain of sqrt(2) makes up for the half of the squared length that a
-    # ReLU cuts off (He et al. 2015, arXiv:1502.01852); for tanh it is a habit, from [baselines]. Found: little effect.
+    # ReLU cuts off (He et al. 2015, arXiv:1502.01852); for tanh it is a habit, from [baselines]. Found: mixed.
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -188,7 +188,7 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
     # lambda = 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel
     # and leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18) An
     # episode's end ends the sum: V is 0 there, and later rewards are the next episode's. At the rollout's end
-    # V(s_{t+1}) stands for all that is still to come (bootstrapping). Found: it helps on Acrobot.
+    # V(s_{t+1}) stands for all that is still to come (bootstrapping). Found: GAE helps Acrobot.
     continues = 1.0 - dones[1:]  # 0 where step t ended an episode
     if gae:
         deltas = rewards + gamma * values[1:] * continues - values[:-1]
@@ -219,19 +219,19 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     logratio = newlogprob - mb_logprobs
     ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
     # Detail 7: with mean 0 and standard deviation 1 the scale of the rewards drops out of the policy loss, and each
-    # minibatch encourages some of its actions, discourages others. ([baselines]) Found: much at 30 times the rate.
+    # minibatch encourages some of its actions, discourages others. ([baselines]) Found: helps at 30 x the default.
     if args.norm_adv:
         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
     # Detail 8: the loss makes good actions (A > 0) likelier. Why a ratio: the old policy drew them, and one that is now
-    # twice as likely must count twice. Far from that policy its advantages are wrong, and a bad one collects the next
+    # twice as likely must count twice. Far from that policy its advantages mislead; a ruined policy collects the next
     # batch: so the loss is flat once a good action's ratio is above 1 + clip_coef, a bad one's below 1 - clip_coef. A
-    # good one's of 0.5 keeps its slope, by the max. ([PPO] eq. 7: min, of -loss) Found: vital at 10 times the rate.
+    # good one's, fallen to 0.5, keeps its slope (max). ([PPO] eq. 7: min, of -loss) Found: vital at 10 x the default.
     pg_loss1 = -mb_advantages * ratio
     pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
     # Detail 9: meant to make the critic's training steadier ([baselines]): it stays near its old self, too, as moving a
     # value further than clip_coef gains nothing. That is in units of return: wide for 1, tight for 100. Later studies:
-    # useless (arXiv:2005.12729), harmful ([What matters]). Found: slow at the default rate, helps Acrobot at 10 x.
+    # useless (arXiv:2005.12729), harmful ([What matters]). Found: slows the default rate, helps Acrobot at 10 x.
     v_loss = (newvalue - mb_returns) ** 2
     if args.clip_vloss:
         v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
@@ -260,7 +260,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
         envs = run.make(make_envs)  # make_envs for this process's share of the environments
         agent = Agent(envs).to(device)
         # Detail 3: the step is lr * m / (sqrt(v) + eps); m, v: means of the gradient and its square. Where v is tiny,
-        # eps = 1e-5 ([baselines]; PyTorch: 1e-8) keeps it small: such gradients are noise, we think. Found: no effect.
+        # eps = 1e-5 ([baselines]; PyTorch: 1e-8) keeps the step small: mostly noise, we think. Found: little effect.
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
         # The rollout, in numpy as environments speak it. A row more of values and dones is for what follows it.
@@ -303,7 +303,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
             clipfracs = []
             for _ in range(args.update_epochs):
                 # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
-                # than an exact one; each sample counts once per epoch. ([PPO] Algorithm 1) Found: much on CartPole.
+                # than an exact one; each sample counts once per epoch. ([PPO] Algorithm 1) Found: helps CartPole.
                 np.random.shuffle(b_inds)
                 for mb_inds in torch.from_numpy(b_inds).to(device).tensor_split(args.num_minibatches):
                     _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
@@ -317,12 +317,12 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     loss.backward()
                     run.average_gradients(agent)  # over the processes of torchrun, if there are several
                     # Detail 11: all gradients, as one vector, keep their direction, but are at most max_grad_norm long:
-                    # an outlier would linger in Adam's means. (arXiv:1211.5063) Found: as detail 9.
+                    # an outlier would linger in Adam's means. (arXiv:1211.5063) Found: slows 1 x, helps Acrobot 10 x.
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                 # Bonus: clipping only flattens the loss of samples beyond the range; the others, the entropy bonus and
                 # Adam's momentum still move the policy. If the KL (k3) of an epoch's last minibatch is over target_kl,
-                # the data are too old for another epoch. ([Huang]) Found: it acts at high rates only.
+                # the data are too old for another epoch. ([Huang]) Found: little; acts at high rates.
                 if args.target_kl is not None and run.mean(stats["approx_kl"]) > args.target_kl:
                     break
             # Debug variables are of the last minibatch; clipfrac is the mean of all. Explained variance ([baselines]):
