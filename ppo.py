@@ -113,10 +113,10 @@ def make_envs(args, num_envs, seed, video=None, render_mode=None):
     """``num_envs`` environments as one, of which the first may be recorded. ValueError: a space is not supported.
     Infos hold the return ("r") and the length ("l") of episodes that ended, under "episode_statistics"."""
     # Detail 1: N environments are stepped together. One forward pass serves all of them, and N independent stretches
-    # are more varied than one N times as long. ([A3C]; [PPO] Algorithm 1) Found: faster; per step, one teaches more.
-    # After an episode comes a new one. SAME_STEP: the step that ends one also resets, returns the new one's first
-    # observation and puts the last one into infos["final_obs"]. NEXT_STEP, all that some batched environments can do:
-    # the step that ends one returns its last observation; the next only resets, to be left out.
+    # are more varied than one N times as long. ([A3C]; [PPO] Algorithm 1) Found: faster; at low rates, one long one
+    # teaches more. After an episode comes a new one. SAME_STEP: the step that ends one also resets, returns the new
+    # one's first observation and puts the last one into infos["final_obs"]. NEXT_STEP, all that some batched
+    # environments can do: the step that ends one returns its last observation; the next only resets, to be left out.
     thunks = [make_env(args, seed, video, render_mode), *(make_env(args, seed + i) for i in range(1, num_envs))]
     options = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # train copies observations
     if video and args.vectorization_mode == "vector_entry_point":
@@ -229,9 +229,9 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     pg_loss1 = -mb_advantages * ratio
     pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-    # Detail 9: meant to make the critic's training steadier ([baselines]): it stays near its old self, too, as moving a
-    # value further than clip_coef gains nothing. That is in units of return: wide for 1, tight for 100. Later studies:
-    # useless (arXiv:2005.12729), harmful ([What matters]). Found: slows the default rate, helps Acrobot at 10 x.
+    # Detail 9: meant to make the critic's training steadier ([baselines]; not in [PPO]): it stays near its old self, too,
+    # as moving a value further than clip_coef gains nothing: in units of return, so wide for 1, tight for 100. Later
+    # studies: useless (arXiv:2005.12729), harmful ([What matters]). Found: slows at 1 x, helps Acrobot at 10 x.
     v_loss = (newvalue - mb_returns) ** 2
     if args.clip_vloss:
         v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
@@ -317,7 +317,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     loss.backward()
                     run.average_gradients(agent)  # over the processes of torchrun, if there are several
                     # Detail 11: all gradients, as one vector, keep their direction, but are at most max_grad_norm long:
-                    # an outlier would linger in Adam's means. (arXiv:1211.5063) Found: slows 1 x, helps Acrobot 10 x.
+                    # an outlier lingers in Adam's means. (arXiv:1211.5063) Found: slows at 1 x, helps Acrobot at 10 x.
                     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
                 # Bonus: clipping only flattens the loss of samples beyond the range; the others, the entropy bonus and

@@ -327,15 +327,23 @@ counts the seeds whose every episode is the default's: there, what was switched 
         print(text)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
-    parser.add_argument("--seeds", type=int, default=10, help="at most; the variants, which are slow, have fewer")
+def parse_args(parser):
+    """The parser's flags and those that it shares with benchmark.study."""
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--steps-divisor", type=int, default=1, help="shorten every run, to try the benchmark itself")
     parser.add_argument("--table-only", action="store_true", help="run nothing, make the tables of the saved runs anew")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the tables and the saved runs")
     args = parser.parse_args()
+    if args.steps_divisor != 1 and args.results == RESULTS:
+        parser.error("--steps-divisor makes runs that are not to be kept: --results must name another folder")
+    return args
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
+    parser.add_argument("--seeds", type=int, default=10, help="at most; the variants, which are slow, have fewer")
+    args = parse_args(parser)
     if not args.table_only:
         run_all(args.results, args.studies, args.seeds, args.workers, args.steps_divisor)
     write_tables(args.results)

@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import math
-import os
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -339,15 +338,7 @@ def main():
     env_ids = list(dict.fromkeys(env_id for env_id, _ in SETTINGS))
     parser.add_argument("--environments", nargs="+", default=env_ids, choices=env_ids)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--steps-divisor", type=int, default=1, help="shorten every run, to try the study itself")
-    parser.add_argument("--table-only", action="store_true", help="run nothing, make the tables of the saved runs anew")
-    parser.add_argument(
-        "--results", type=Path, default=learning.RESULTS, help="folder for the tables and the saved runs"
-    )
-    args = parser.parse_args()
-    if args.steps_divisor != 1 and args.results == learning.RESULTS:
-        parser.error("--steps-divisor makes runs that are not to be kept: --results must name another folder")
+    args = learning.parse_args(parser)
     if not args.table_only:
         run_all(args.results, args.environments, args.seeds, args.workers, args.steps_divisor)
     write_tables(args.results)

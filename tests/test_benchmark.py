@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import time
 from types import SimpleNamespace
 
@@ -316,6 +317,15 @@ def test_study_runs_are_not_repeated_and_make_tables(tmp_path, monkeypatch):
     assert "2 seeds, 150,000 steps, `--num-envs 16" in text
     assert re.search(r"^\| bonus: target KL 0.015 \| \d of 4 \|", text, re.MULTILINE)
     assert study.run_all(tmp_path, seeds=2, **options) == []
+
+
+@pytest.mark.parametrize("benchmark", [learning, study])
+def test_shortened_runs_are_not_kept_among_the_results(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--steps-divisor", "1000"])
+    monkeypatch.setattr(benchmark, "run_all", lambda *args: pytest.fail("it ran"))
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "--results must name another folder" in capsys.readouterr().err
 
 
 def test_study_that_is_saved_is_complete_and_makes_the_saved_tables(tmp_path):

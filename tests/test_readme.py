@@ -60,11 +60,14 @@ def test_episodes_shown_are_those_of_the_default_run():
     assert episodes and set(episodes) <= set(reference)
 
 
+def tables_of(text):
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    return [[[c.strip() for c in row[1:-1].split("|")] for row in table.splitlines()] for table in tables]
+
+
 def cells(text):
     """The cells of all table rows, without bold."""
-    return [
-        [c.strip().replace("**", "") for c in row.strip("|").split("|")] for row in re.findall(r"^\|.*", text, re.M)
-    ]
+    return [[cell.replace("**", "") for cell in row] for table in tables_of(text) for row in table]
 
 
 def test_effects_of_the_details_are_those_of_the_saved_table():
@@ -86,11 +89,6 @@ def study_tables():
     """{heading: tables, each a list of rows of cells} of study.md."""
     sections = (RESULTS / "study.md").read_text().split("\n## ")[1:]
     return {text.split("\n")[0]: tables_of(text) for text in sections}
-
-
-def tables_of(text):
-    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    return [[[c.strip() for c in row[1:-1].split("|")] for row in table.splitlines()] for table in tables]
 
 
 def test_what_the_readme_says_of_each_detail_is_what_the_study_found():
