@@ -229,7 +229,7 @@ def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_retur
     pg_loss1 = -mb_advantages * ratio
     pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-    # Detail 9: meant to make the critic's training steadier ([baselines]; not in [PPO]): it stays near its old self, too,
+    # Detail 9: meant to make the critic's training steadier ([baselines]; not in [PPO]): V stays near its old self,
     # as moving a value further than clip_coef gains nothing: in units of return, so wide for 1, tight for 100. Later
     # studies: useless (arXiv:2005.12729), harmful ([What matters]). Found: slows at 1 x, helps Acrobot at 10 x.
     v_loss = (newvalue - mb_returns) ** 2
