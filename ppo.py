@@ -1,27 +1,58 @@
 """Proximal Policy Optimization (PPO) in one file, to be read from top to bottom.
 
-    python ppo.py                                                        # CartPole-v1, 25,000 steps
-    python ppo.py --env-id Acrobot-v1 --total-timesteps 500000 --track   # logged to Weights & Biases too
-    tensorboard --logdir runs                                            # the curves, in a browser
+    python ppo.py --env-id CartPole-v1
+    python ppo.py --env-id Acrobot-v1 --total-timesteps 500000 --track
+    tensorboard --logdir runs
 
-PPO alternates between two phases. Rollout: the current policy plays num_steps steps in num_envs environments. Update:
-several epochs of minibatch steps on these data, as playing is costly, clipped so that straying far from that policy
-gains nothing; then they are thrown away. Part one is the algorithm, part two the run. Search for "Detail 5", say:
+PPO learns by trial and error, in two phases that take turns. In the rollout, the
+current policy plays num_steps steps in each of num_envs environments. In the
+update, the agent learns from these steps. Playing is costly, so it goes over them
+several times, and the loss is clipped so that nothing is gained by moving far away
+from the policy that played. Then the steps are thrown away, and the better policy
+plays new ones.
 
-    1. vectorized environments        5. generalized advantage estimation     9. clipped value loss
-    2. orthogonal initialization      6. minibatches                         10. overall loss with an entropy bonus
-    3. Adam's epsilon                 7. advantage normalization             11. global gradient clipping
-    4. learning rate annealing        8. clipped policy objective            Bonus: early stopping by the KL divergence
+Part one of the file is the algorithm. First come the flags, the environments and
+the agent. Then train() tells the whole story on two pages, and the functions that it
+calls follow in the order of the calls. Part two is the run: the types of flags,
+worker processes, signals, torchrun, logs and checkpoints. You may stop before it.
 
-Sources: [PPO] Schulman et al. 2017, arXiv:1707.06347; [GAE] Schulman et al. 2016, arXiv:1506.02438; [A3C] Mnih et al.
-2016, arXiv:1602.01783; [Pardo] Pardo et al., arXiv:1712.00378; [baselines] the authors' code, openai/baselines, ppo2;
-[Huang] 37 Implementation Details of PPO; [What matters] arXiv:2006.05990. "Found": our measurements, docs/details.md.
+Eleven implementation details make PPO work, and each is explained where it happens.
+Search for "Detail 5", for example:
+
+    1. vectorized environments              7. advantage normalization
+    2. orthogonal initialization            8. clipped policy objective
+    3. Adam's epsilon                       9. clipped value loss
+    4. learning rate annealing             10. overall loss with an entropy bonus
+    5. generalized advantage estimation    11. global gradient clipping
+    6. minibatches                         Bonus: early stopping by the KL divergence
+
+Sources, by the names that the comments use:
+
+    [PPO]        Schulman et al. 2017, arXiv:1707.06347
+    [GAE]        Schulman et al. 2016, arXiv:1506.02438
+    [A3C]        Mnih et al. 2016, arXiv:1602.01783
+    [baselines]  the code of PPO's authors, github.com/openai/baselines, folder ppo2
+    [Huang]      Huang et al. 2022, The 37 Implementation Details of PPO
+    [Study]      Andrychowicz et al. 2020, What Matters In On-Policy Reinforcement
+                 Learning?, arXiv:2006.05990
 """
+
+# /// script
+# requires-python = ">=3.10,<3.15"
+# dependencies = [
+#     "torch>=2.6,<3",
+#     "gymnasium[classic-control]>=1.4,<2",
+#     "numpy>=1.26,<3",
+#     "cloudpickle>=3,<4",
+#     "tensorboard>=2.18,<3",
+#     "wandb>=0.31,<1",
+#     "moviepy>=2.1,<3",
+#     "tqdm>=4.66,<5",
+# ]
+# ///
 
 import argparse
 import contextlib
-import functools
-import glob
 import io
 import multiprocessing
 import os
@@ -29,377 +60,747 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
-from traceback import extract_tb
 
 import cloudpickle
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-from gymnasium.vector.async_vector_env import _async_worker
+from gymnasium.vector import AutoresetMode
+from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# Part one: the algorithm ----------------------------------------------------------------------------------------------
+# Part one: the algorithm
 
 
 def parse_args(argv=None, **defaults):
-    """The flags; ``defaults`` replace those below. check_args adds: batch_size = num_envs * num_steps, minibatch_size =
-    batch_size / num_minibatches, num_updates; for torchrun, of each process: world_size, rank, local_num_envs."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    switch = {"action": argparse.BooleanOptionalAction}  # --gae or --no-gae; part two translates --gae False, too
+    """Read the flags; ``defaults`` take the place of the values that stand here.
+
+    What follows from the flags is added, such as batch_size = num_envs * num_steps and
+    num_updates. Raises RunEnded if a flag is wrong.
+    """
+    parser = ArgumentParser()
+
     add = parser.add_argument_group("the run").add_argument
     add("--exp-name", default=Path(__file__).stem, help="name of the experiment")
-    add("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id; module:Id imports module first")
-    add("--total-timesteps", type=integer, default=25000, help="of all environments, in whole batches")
-    add("--seed", type=integer, default=1, help="of random, numpy, torch and the environments")
-    add("--torch-deterministic", **switch, default=True, help="deterministic algorithms where torch has them")
-    add("--cuda", **switch, default=True, help="use a GPU if there is one")
-    add("--num-threads", type=integer, default=1, help="torch CPU threads; 1: same numbers on any core count")
-    add("--track", **switch, default=False, help="log to Weights & Biases too")
-    add("--wandb-project-name", default="cleanrl", help="W&B project")
-    add("--wandb-entity", default=None, help="W&B user or team; None is your own")
-    add("--capture-video", **switch, default=False, help="record videos of the first environment to videos/")
-    add("--checkpoint-interval", type=float, default=60.0, help="seconds between checkpoints; 0: none")
-    add("--resume", nargs="?", const="runs/*", metavar="FOLDER", help="go on with this run, or the newest, of runs/")
+    add("--env-id", "--gym-id", default="CartPole-v1", help="id, or module:Id")
+    add("--total-timesteps", type=positive_int, default=25000, help="in all")
+    add("--seed", type=whole_number, default=1, help="of all random numbers")
+    add("--torch-deterministic", action=Switch, default=True, help="where torch can")
+    add("--cuda", action=Switch, default=True, help="use a GPU if there is one")
+    add("--num-threads", type=positive_int, default=1, help="of torch on the CPU")
+    add("--track", action=Switch, default=False, help="log to Weights & Biases, too")
+    add("--wandb-project-name", default="cleanrl", help="project in Weights & Biases")
+    add("--wandb-entity", type=optional(str), default=None, help="user or team there")
+    add("--capture-video", action=Switch, default=False, help="record to videos/")
+    add("--checkpoint-interval", type=amount, default=60, help="in seconds; 0 for none")
+    add("--resume", nargs="?", const="newest", help="go on with this folder of runs/")
+
     add = parser.add_argument_group("the data").add_argument
-    add("--num-envs", type=integer, default=4, help="N, environments that are stepped together")
-    modes = ["sync", "async", "vector_entry_point"]  # in turn, in processes, as one batch
-    add("--vectorization-mode", default="sync", choices=modes, help="how Gymnasium steps them")
-    add("--num-steps", type=integer, default=128, help="T, steps per environment and rollout")
-    add("--gamma", type=float, default=0.99, help="discount per step, 0 to 1")
-    add("--gae", **switch, default=True, help="generalized advantage estimation; off: returns minus values")
-    add("--gae-lambda", type=float, default=0.95, help="0: least noise, most bias; 1: the opposite")
-    add("--bootstrap-truncation", **switch, default=False, help="a time limit is no end: add gamma * V")
+    add("--num-envs", type=positive_int, default=4, help="stepped together")
+    modes = ["sync", "async", "vector_entry_point"]
+    add("--vectorization-mode", choices=modes, default="sync", help="how")
+    add("--num-steps", type=positive_int, default=128, help="of each, in a rollout")
+    add("--gamma", type=fraction, default=0.99, help="discount of rewards, per step")
+    add("--gae", action=Switch, default=True, help="off: --gae-lambda counts as 1")
+    add("--gae-lambda", type=fraction, default=0.95, help="0: most bias; 1: most noise")
+    add("--bootstrap-truncation", action=Switch, default=False, help="see below")
+
     add = parser.add_argument_group("the update").add_argument
-    add("--learning-rate", type=float, default=2.5e-4, help="Adam's step size")
-    add("--anneal-lr", **switch, default=True, help="lower the learning rate linearly towards 0")
-    add("--update-epochs", type=integer, default=4, help="K, passes over each batch")
-    add("--num-minibatches", type=integer, default=4, help="equal parts that a batch is split into")
-    add("--norm-adv", **switch, default=True, help="normalize the advantages of each minibatch")
-    add("--clip-coef", type=float, default=0.2, help="epsilon; a ratio beyond 1 +- this gains nothing")
-    add("--clip-vloss", **switch, default=True, help="clip the value loss too")
-    add("--ent-coef", type=float, default=0.01, help="c2, weight of the entropy bonus")
-    add("--vf-coef", type=float, default=0.5, help="c1, weight of the value loss")
-    add("--max-grad-norm", type=float, default=0.5, help="largest norm of all gradients together")
-    add("--target-kl", type=float, default=None, help="end an update beyond this KL, in nats; 0.015 is usual")
+    add("--learning-rate", type=amount, default=2.5e-4, help="step size of Adam")
+    add("--anneal-lr", action=Switch, default=True, help="lower it linearly towards 0")
+    add("--update-epochs", type=positive_int, default=4, help="passes over each batch")
+    add("--num-minibatches", type=positive_int, default=4, help="parts of a batch")
+    add("--norm-adv", action=Switch, default=True, help="normalize advantages")
+    add("--clip-coef", type=amount, default=0.2, help="epsilon of the clipped losses")
+    add("--clip-vloss", action=Switch, default=True, help="clip the value loss, too")
+    add("--ent-coef", type=amount, default=0.01, help="weight of the entropy bonus")
+    add("--vf-coef", type=amount, default=0.5, help="weight of the value loss")
+    add("--max-grad-norm", type=amount, default=0.5, help="longest gradient allowed")
+    add("--target-kl", type=optional(amount), default=None, help="0.015 is usual")
+
     parser.set_defaults(**defaults)
-    return check_args(parser, argv)
+    return complete(parser, argv)
 
 
-def make_env(args, seed, video=None, render_mode=None):
-    """Return a function that makes one environment with flat observations, as vectorized environments want it.
-    ``video``: arguments of RecordVideo, such as its video_folder, if there is to be a video."""
-
-    def thunk():
-        mode = "rgb_array" if video else render_mode
-        env = gym.make(args.env_id, disable_env_checker=True, **({"render_mode": mode} if mode else {}))
-        if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-            env = gym.wrappers.FlattenObservation(env)  # Discrete becomes one-hot, Dict and Tuple one long vector
-        if args.bootstrap_truncation:  # it needs last observations, which some environments overwrite at the reset
-            env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
-        if video:
-            env = gym.wrappers.RecordVideo(env, **video)
-        env.action_space.seed(seed)
-        env.observation_space.seed(seed)
-        return env
-
-    return thunk
+def make_env(args, render_mode=None):
+    """Make one environment, whose observations are flat vectors of numbers."""
+    options = {"render_mode": render_mode} if render_mode else {}
+    env = gym.make(args.env_id, disable_env_checker=True, **options)
+    return flatten_observations(env)
 
 
-def make_envs(args, num_envs, seed, video=None, render_mode=None):
-    """``num_envs`` environments as one, of which the first may be recorded. ValueError: a space is not supported.
-    Infos hold the return ("r") and the length ("l") of episodes that ended, under "episode_statistics"."""
-    # Detail 1: N environments are stepped together. One forward pass serves all of them, and N independent stretches
-    # are more varied than one N times as long. ([A3C]; [PPO] Algorithm 1) Found: faster; at low rates, one long one
-    # teaches more. After an episode comes a new one. SAME_STEP: the step that ends one also resets, returns the new
-    # one's first observation and puts the last one into infos["final_obs"]. NEXT_STEP, all that some batched
-    # environments can do: the step that ends one returns its last observation; the next only resets, to be left out.
-    thunks = [make_env(args, seed, video, render_mode), *(make_env(args, seed + i) for i in range(1, num_envs))]
-    options = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # train copies observations
-    if video and args.vectorization_mode == "vector_entry_point":
-        raise ValueError("--capture-video needs --vectorization-mode sync or async")
-    if args.vectorization_mode == "sync":
-        envs = gym.vector.SyncVectorEnv(thunks, **options)
-    elif args.vectorization_mode == "async":
-        envs = gym.vector.AsyncVectorEnv(thunks, worker=functools.partial(worker, seed), **options)
-    else:
-        envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="vector_entry_point")  # without make_env
-    actions, observations = envs.single_action_space, envs.single_observation_space
-    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
-        raise ValueError(f"its actions are {actions}, not Discrete from 0 (Box: python -m variants.continuous_action)")
-    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
-        raise ValueError(f"its observations are {observations}, not a flat Box")
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key="episode_statistics")
+def make_envs(args, seed, video=None, render_mode=None):
+    """Make args.local_num_envs environments, which are then stepped as one.
+
+    ``video`` are options of RecordVideo if the first environment is to be recorded. The
+    infos of the result hold the return "r" and the length "l" of each episode that has
+    ended, under "episode_statistics". Raises RunEnded if there is no such environment,
+    or if its actions or observations do not suit this program.
+    """
+    # Detail 1: vectorized environments. N environments are stepped together, so one
+    # pass through the networks chooses N actions. It also makes the data more varied:
+    # the steps of one environment resemble each other, those of N independent ones
+    # do so much less. ([A3C]; [PPO] algorithm 1)
+    #
+    # When an episode ends, its environment is reset at once and begins another. There
+    # are two ways. In SAME_STEP mode, the step that ends an episode also resets: it
+    # returns the first observation of the next episode, and the last one of the old
+    # episode is in infos["final_obs"]. In NEXT_STEP mode, it returns the last
+    # observation, and the next step ignores the action and only resets. Some batched
+    # environments know only this mode; train() does not learn from such steps.
+    same_step = AutoresetMode.SAME_STEP
+    envs = vectorize(make_env, args, seed, same_step, video, render_mode)
+    check_spaces(args, envs)
+    return gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key=STATISTICS)
 
 
 def resets_in_same_step(envs):
-    return envs.metadata.get("autoreset_mode") == gym.vector.AutoresetMode.SAME_STEP
+    return envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
-    # Detail 2: a square orthogonal matrix keeps all lengths, so signals and gradients neither vanish nor explode at
-    # first (Saxe et al. 2014, arXiv:1312.6120). A gain of sqrt(2) makes up for the half of the squared length that a
-    # ReLU cuts off (He et al. 2015, arXiv:1502.01852); for tanh it is a habit, from [baselines]. Found: mixed.
+    """Initialize a layer in place, and return it."""
+    # Detail 2: orthogonal initialization. An orthogonal matrix keeps the length of what
+    # it multiplies, so at first signals and gradients neither vanish nor explode on
+    # their way through the layers (Saxe et al. 2014, arXiv:1312.6120). The factor
+    # sqrt(2) makes up for a ReLU, which cuts off half of the squared length (He et al.
+    # 2015, arXiv:1502.01852). With tanh it is a habit that stems from [baselines].
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
     return layer
 
 
-def mlp(num_inputs, num_outputs, std):
-    layers = [layer_init(nn.Linear(num_inputs, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh()]
-    return nn.Sequential(*layers, layer_init(nn.Linear(64, num_outputs), std))
-
-
 class Agent(nn.Module):
-    """Two networks: the critic estimates V(s), the expected discounted return; the actor gives pi(a|s) as logits."""
+    """Two networks, the critic and the actor.
+
+    The critic estimates V(s), the discounted sum of the rewards to be expected from the
+    state s on. The actor gives pi(a|s), the probability of each action a, as logits.
+    """
 
     def __init__(self, envs):
         super().__init__()
-        obs_dim, num_actions = envs.single_observation_space.shape[0], envs.single_action_space.n
-        self.critic = mlp(obs_dim, 1, std=1.0)  # gain 1: nothing follows that cuts off ([baselines])
-        self.actor = mlp(obs_dim, num_actions, std=0.01)  # no action is favored at first ([What matters])
+        obs_dim = envs.single_observation_space.shape[0]
+        num_actions = envs.single_action_space.n
+
+        # The last layer of the critic has gain 1, as no activation follows it.
+        # ([baselines])
+        self.critic = nn.Sequential(
+            layer_init(nn.Linear(obs_dim, 64)),
+            nn.Tanh(),
+            layer_init(nn.Linear(64, 64)),
+            nn.Tanh(),
+            layer_init(nn.Linear(64, 1), std=1.0),
+        )
+
+        # The last layer of the actor has gain 0.01. All logits begin near 0, so all
+        # actions are about equally likely, and none is favored by chance. ([Study])
+        self.actor = nn.Sequential(
+            layer_init(nn.Linear(obs_dim, 64)),
+            nn.Tanh(),
+            layer_init(nn.Linear(64, 64)),
+            nn.Tanh(),
+            layer_init(nn.Linear(64, num_actions), std=0.01),
+        )
 
     def get_value(self, obs):
         """obs: (batch, obs_dim). Returns V(s): (batch,)."""
         return self.critic(obs.float()).squeeze(-1)
 
-    def get_action_and_value(self, obs, action=None):
-        """Returns the action, drawn unless it is given, log pi(a|s), the policy's entropy in nats, V(s): (batch,)."""
-        # What torch's Categorical and multinomial do, less their costly checks: argmax p / Exp(1) is a draw from p.
+    def get_action(self, obs):
+        """Draw an action for each observation, as the rollout needs it.
+
+        obs: (batch, obs_dim). Returns the actions and log pi(a|s): (batch,) each.
+        """
+        policy = self.get_policy(obs)
+        action = policy.sample()
+        return action, policy.log_prob(action)
+
+    def evaluate_actions(self, obs, action):
+        """Look at given actions again, as the update needs it.
+
+        obs: (batch, obs_dim), action: (batch,). Returns log pi(a|s), the entropy of
+        pi(.|s) in nats, and V(s): (batch,) each.
+        """
+        policy = self.get_policy(obs)
+        return policy.log_prob(action), policy.entropy(), self.get_value(obs)
+
+    def get_policy(self, obs):
         logits = self.actor(obs.float())
-        logprobs = logits - logits.logsumexp(-1, keepdim=True)  # log pi(.|s): (batch, num_actions)
-        if action is None:
-            probs = logprobs.softmax(-1)
-            action = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
-        logprob = logprobs.gather(-1, action.long().unsqueeze(-1)).squeeze(-1)
-        entropy = -(logprobs * logprobs.softmax(-1)).sum(-1)
-        return action, logprob, entropy, self.get_value(obs)
-
-
-def compute_advantages(rewards, values, dones, gamma, gae_lambda, gae=True):
-    """Advantages, how much better each action turned out than the critic expected, and returns, the critic's targets:
-    (num_steps, num_envs) each, as are the rewards. values, dones: (num_steps + 1, num_envs); dones[t] is 1 where the
-    step before obs[t] ended an episode. Their last row belongs to the observation that follows the rollout."""
-    # Detail 5: delta_t = r_t + gamma * V(s_{t+1}) - V(s_t) compares what V foretold with what a step shows.
-    # GAE sums this and later ones: A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * delta_{t+2}...
-    # lambda = 0: delta_t alone; little noise, but all the critic's errors (bias). lambda = 1: the V's in between cancel
-    # and leave the rewards; much noise, no bias but that of the V at the rollout's end. ([GAE] equations 16 to 18) An
-    # episode's end ends the sum: V is 0 there, and later rewards are the next episode's. At the rollout's end
-    # V(s_{t+1}) stands for all that is still to come (bootstrapping). Found: GAE helps Acrobot.
-    continues = 1.0 - dones[1:]  # 0 where step t ended an episode
-    if gae:
-        deltas = rewards + gamma * values[1:] * continues - values[:-1]
-        advantages, next_advantage = np.zeros_like(rewards), 0
-        for t in reversed(range(len(rewards))):
-            advantages[t] = next_advantage = deltas[t] + gamma * gae_lambda * continues[t] * next_advantage
-        return advantages, advantages + values[:-1]  # expected + surprise, the "lambda-return" ([baselines])
-    returns, next_return = np.zeros_like(rewards), values[-1]  # --no-gae: what lambda = 1 gives, up to rounding
-    for t in reversed(range(len(rewards))):
-        returns[t] = next_return = rewards[t] + gamma * continues[t] * next_return
-    return returns - values[:-1], returns
-
-
-def value_cut_off(agent, envs, next_obs, terminations, truncations, infos):
-    """V of the last observation where a time limit cut an episode off in this step, 0 elsewhere: (num_envs,)."""
-    # Such an episode would have gone on. By default, as in [baselines], it counts as over; gamma * V, what was lost,
-    # may be added to its last reward: this works because nothing after an end counts in compute_advantages. ([Pardo])
-    values, cut = np.zeros(len(truncations), np.float32), truncations & ~terminations
-    if cut.any():
-        last_obs = np.stack(infos["final_obs"][cut]) if resets_in_same_step(envs) else next_obs[cut]
-        with torch.inference_mode():
-            values[cut] = agent.get_value(torch.from_numpy(last_obs).to(next(agent.parameters()).device)).cpu().numpy()
-    return values
-
-
-def ppo_loss(newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_returns, mb_values, args):
-    """The loss of a minibatch, and a dict of what to log. (minibatch_size,) each; mb_: as the rollout left it."""
-    logratio = newlogprob - mb_logprobs
-    ratio = logratio.exp()  # pi_new(a|s) / pi_old(a|s); 1, up to rounding, until the policy has changed
-    # Detail 7: with mean 0 and standard deviation 1 the scale of the rewards drops out of the policy loss, and each
-    # minibatch encourages some of its actions, discourages others. ([baselines]) Found: helps at 30 x the default.
-    if args.norm_adv:
-        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-    # Detail 8: the loss makes good actions (A > 0) likelier. Why a ratio: the old policy drew them, and one that is now
-    # twice as likely must count twice. Far from that policy its advantages mislead; a ruined policy collects the next
-    # batch: so the loss is flat once a good action's ratio is above 1 + clip_coef, a bad one's below 1 - clip_coef. A
-    # good one's, fallen to 0.5, keeps its slope (max). ([PPO] eq. 7: min, of -loss) Found: vital at 10 x the default.
-    pg_loss1 = -mb_advantages * ratio
-    pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-    pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-    # Detail 9: meant to make the critic's training steadier ([baselines]; not in [PPO]): V stays near its old self,
-    # as moving a value further than clip_coef gains nothing: in units of return, so wide for 1, tight for 100. Later
-    # studies: useless (arXiv:2005.12729), harmful ([What matters]). Found: slows at 1 x, helps Acrobot at 10 x.
-    v_loss = (newvalue - mb_returns) ** 2
-    if args.clip_vloss:
-        v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
-        v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
-    v_loss = 0.5 * v_loss.mean()  # 0.5: [baselines]
-    # Detail 10: entropy is highest where all actions are equally likely: the bonus keeps the policy from settling early
-    # ([A3C]; [PPO] equation 9). Found: nothing clear. vf_coef (c1 there) matters if actor and critic share layers. Here
-    # they do not: Adam's m / sqrt(v) (detail 3) cancels a loss's scale, so it acts only through the norm of detail 11.
-    entropy_loss = entropy.mean()
-    loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
-    # Debug variables. KL(pi_old || pi_new), how far the policy has moved, in nats: k1 (old_approx_kl) is noisy, may be
-    # negative; k3 (approx_kl) is less noisy, never negative (joschu.net/blog/kl-approx.html). clipfrac ([baselines]):
-    # the share of samples beyond the clip range. Our rule: near 0 early: stuck; KL > 0.02, clipfrac > 0.2: too fast.
-    with torch.no_grad():  # these are for looking; what is to be learned belongs into the loss
-        stats = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss}
-        stats["old_approx_kl"] = (-logratio).mean()
-        stats["approx_kl"] = ((ratio - 1) - logratio).mean()
-        stats["clipfrac"] = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    return loss, stats
+        return Categorical(logits=logits, validate_args=False)
 
 
 def train(args, make_envs=make_envs, Agent=Agent):
-    """Train an agent and return it; print episodes, log and save to runs/<run_name>. For exit codes see Run."""
-    with Run(args) as run:  # part two: it seeds the generators, logs, saves, stops on signals
-        device, T, N = run.device, args.num_steps, args.local_num_envs
-        envs = run.make(make_envs)  # make_envs for this process's share of the environments
+    """Train an agent as the flags say, and return it.
+
+    Finished episodes are printed. Curves and checkpoints go to runs/<run name>. Raises
+    RunEnded if the run cannot begin, if it diverges, or if a signal stops it; errors of
+    an environment come through as they are.
+    """
+    device = set_up_torch(args)
+    seed_generators(args.seed + args.rank)
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    first_step = checkpoint["global_step"] if checkpoint else 0
+    run_folder, video_folder = choose_folders(args, first_step)
+
+    # Environment i of all processes gets seed + i. A resumed run that cannot go on with
+    # its old environments plays new episodes, not those of its beginning once more.
+    seed = args.seed + args.rank * args.local_num_envs + first_step
+
+    # These four belong to part two. They notice signals that ask the run to stop, open
+    # the environments and close them at the end, connect the processes of torchrun if
+    # there are several, and write the logs.
+    with (
+        StopSignals() as stop,
+        open_envs(args, make_envs, seed, video_folder, checkpoint) as (envs, last_step),
+        process_group(args, device),
+        Logger(args, envs, run_folder, video_folder, checkpoint) as log,
+    ):
         agent = Agent(envs).to(device)
-        # Detail 3: the step is lr * m / (sqrt(v) + eps); m, v: means of the gradient and its square. Where v is tiny,
-        # eps = 1e-5 ([baselines]; PyTorch: 1e-8) keeps the step small: mostly noise, we think. Found: little effect.
-        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
-        # The rollout, in numpy as environments speak it. A row more of values and dones is for what follows it.
-        obs = np.zeros((T, *envs.observation_space.shape), envs.observation_space.dtype)  # (T, N, ...)
-        actions = np.zeros((T, *envs.action_space.shape), envs.action_space.dtype)  # (T, N, ...)
-        logprobs, rewards = np.zeros((2, T, N), np.float32)
-        values, dones = np.zeros((2, T + 1, N), np.float32)
-        next_obs, next_done = envs.reset(seed=run.seed)[0], np.zeros(N, bool)
-        global_step, next_obs, next_done = run.start(agent, optimizer, next_obs, next_done)  # not 0 if it is resumed
+        # Detail 3: Adam's epsilon. A step of Adam is lr * m / (sqrt(v) + eps), where m
+        # and v are running means of the gradient and of its square. So eps decides how
+        # far to go where v is tiny. Such gradients are mostly noise, we think, and
+        # eps = 1e-5 keeps their steps smaller than PyTorch's 1e-8 does. ([baselines])
+        optimizer = torch.optim.Adam(
+            agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True
+        )
 
-        for update in range(global_step // args.batch_size + 1, args.num_updates + 1):
-            # Detail 4: large steps first, ever smaller ones to settle: linear, from learning_rate to learning_rate /
-            # num_updates. ([PPO] table 5) Found: slower at the default rate, a steadier end at 30 times it.
+        if checkpoint:
+            agent.load_state_dict(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        copy_to_all_processes(agent)
+
+        if last_step:  # the environments go on where the checkpoint left them
+            next_obs, next_done = last_step
+        else:
+            next_obs, _ = envs.reset(seed=seed)
+            next_done = np.zeros(args.local_num_envs, dtype=bool)
+        if checkpoint:
+            set_random_states(checkpoint["random_states"][args.rank])
+        if checkpoint and not last_step:
+            log.say("note: the environments could not be kept, so new episodes begin")
+
+        # The data of a rollout of T steps in N environments. The extra row T is for the
+        # observation that the last step leads to:
+        #
+        #     obs[0]  actions[0]  obs[1]  ...  obs[T-1]  actions[T-1]  obs[T]
+        #     dones[0]            dones[1]     dones[T-1]              dones[T]
+        #             logprobs[0]                        logprobs[T-1]
+        #             rewards[0]                         rewards[T-1]
+        #
+        # dones[t] belongs to obs[t], not to the action that follows it: it is 1 where
+        # obs[t] comes after the end of an episode.
+        T = args.num_steps
+        N = args.local_num_envs
+        obs_shape = envs.single_observation_space.shape
+        obs_dtype = torch.as_tensor(next_obs).dtype
+        action_shape = envs.single_action_space.shape
+
+        obs = torch.zeros((T + 1, N, *obs_shape), dtype=obs_dtype, device=device)
+        dones = torch.zeros((T + 1, N), device=device)
+        actions = torch.zeros((T, N, *action_shape), device=device)
+        logprobs = torch.zeros((T, N), device=device)
+        rewards = torch.zeros((T, N), device=device)
+
+        checkpoints = Checkpoints(args, run_folder)
+        global_step = first_step
+        stop_signal = 0
+        for iteration in range(first_step // args.batch_size + 1, args.num_updates + 1):
+            # Detail 4: learning rate annealing. Steps are large at first, to get ahead.
+            # They become smaller in a straight line towards 0, to settle on what was
+            # found. ([PPO] table 5)
             if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = (1 - (update - 1) / args.num_updates) * args.learning_rate
-            # Rollout
-            for step in range(T):
-                global_step += args.num_envs  # of all processes
-                obs[step], dones[step] = next_obs, next_done
-                with torch.inference_mode():
-                    action, logprob, _, value = agent.get_action_and_value(torch.from_numpy(next_obs).to(device))
-                actions[step], logprobs[step], values[step] = (x.cpu().numpy() for x in (action, logprob, value))
-                next_obs, rewards[step], terminations, truncations, infos = envs.step(actions[step])
-                next_done = terminations | truncations
-                if args.bootstrap_truncation:
-                    rewards[step] += args.gamma * value_cut_off(agent, envs, next_obs, terminations, truncations, infos)
-                run.log_episodes(infos, global_step)
+                frac = 1 - (iteration - 1) / args.num_updates
+                optimizer.param_groups[0]["lr"] = frac * args.learning_rate
 
-            # Advantages
-            with torch.inference_mode():
-                values[T], dones[T] = agent.get_value(torch.from_numpy(next_obs).to(device)).cpu().numpy(), next_done
-            advantages, returns = compute_advantages(rewards, values, dones, args.gamma, args.gae_lambda, args.gae)
-            # The batch: time and environments become one dimension, (T, N, ...) -> (T * N, ...)
-            b_obs, b_actions, b_logprobs, b_advantages, b_returns, b_values = (
-                torch.from_numpy(x).to(device).flatten(0, 1)
-                for x in (obs, actions, logprobs, advantages, returns, values[:T])
+            # The rollout. The environments overwrite next_obs in their next step, so
+            # whoever needs an old observation takes it from obs.
+            for step in range(T):
+                global_step += args.num_envs
+                obs[step] = torch.as_tensor(next_obs)
+                dones[step] = torch.as_tensor(next_done)
+
+                with torch.no_grad(), explain_nan(args, obs[step]):
+                    action, logprob = agent.get_action(obs[step])
+                actions[step] = action
+                logprobs[step] = logprob
+
+                next_obs, reward, terminations, truncations, infos = envs.step(
+                    action.cpu().numpy()
+                )
+                next_done = terminations | truncations
+                rewards[step] = torch.as_tensor(reward)
+                if args.bootstrap_truncation:
+                    cut_off = truncations & ~terminations
+                    lost = value_cut_off(agent, envs, next_obs, cut_off, infos)
+                    rewards[step] += args.gamma * lost
+                log.episodes(infos, global_step)
+
+            obs[T] = torch.as_tensor(next_obs)
+            dones[T] = torch.as_tensor(next_done)
+
+            # Playing needs no critic, so it values the whole rollout afterwards, in one
+            # call. The value of obs[T] stands for all that comes after the rollout.
+            with torch.no_grad():
+                values = agent.get_value(obs.flatten(0, 1)).view(T + 1, N)
+            gae_lambda = args.gae_lambda if args.gae else 1.0
+            advantages, returns = compute_advantages(
+                rewards, values, dones, args.gamma, gae_lambda
             )
-            # Update, by all steps but those that only reset
-            b_inds = np.arange(T * N) if resets_in_same_step(envs) else np.flatnonzero(dones[:T] == 0)
-            clipfracs = []
-            for _ in range(args.update_epochs):
-                # Detail 6: every epoch deals the batch into new random minibatches (mb_): many noisy steps learn faster
-                # than an exact one; each sample counts once per epoch. ([PPO] Algorithm 1) Found: helps CartPole.
-                np.random.shuffle(b_inds)
-                for mb_inds in torch.from_numpy(b_inds).to(device).tensor_split(args.num_minibatches):
-                    _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
-                    mb_logprobs, mb_advantages = b_logprobs[mb_inds], b_advantages[mb_inds]
-                    mb_returns, mb_values = b_returns[mb_inds], b_values[mb_inds]
-                    loss, stats = ppo_loss(
-                        newlogprob, entropy, newvalue, mb_logprobs, mb_advantages, mb_returns, mb_values, args
-                    )
-                    clipfracs.append(stats["clipfrac"])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    run.average_gradients(agent)  # over the processes of torchrun, if there are several
-                    # Detail 11: all gradients, as one vector, keep their direction, but are at most max_grad_norm long:
-                    # an outlier lingers in Adam's means. (arXiv:1211.5063) Found: slows at 1 x, helps Acrobot at 10 x.
-                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                # Bonus: clipping only flattens the loss of samples beyond the range; the others, the entropy bonus and
-                # Adam's momentum still move the policy. If the KL (k3) of an epoch's last minibatch is over target_kl,
-                # the data are too old for another epoch. ([Huang]) Found: little; acts at high rates.
-                if args.target_kl is not None and run.mean(stats["approx_kl"]) > args.target_kl:
-                    break
-            # Debug variables are of the last minibatch; clipfrac is the mean of all. Explained variance ([baselines]):
-            # the share of the variance of the batch's returns that the rollout's critic foresaw. 1: all; 0 or less:
-            # a constant does as well; NaN: equal returns. Healthy: it rises, until a solved task leaves little to tell.
-            stats["clipfrac"] = torch.stack(clipfracs).mean()
-            y_pred, y_true = b_values[b_inds], b_returns[b_inds]
-            varies = y_true.std() > 1e-6 * (y_true.abs().max() + y_pred.abs().max())
-            stats["explained_variance"] = torch.where(varies, 1 - (y_true - y_pred).var() / y_true.var(), torch.nan)
-            run.log_update(update, optimizer, loss, stats, obs, next_obs, rewards)
-            if run.save_or_stop(update, agent, optimizer, next_obs, next_done):
+
+            # All steps are learned from but those that only reset an environment.
+            b_inds = np.arange(T * N)
+            if not resets_in_same_step(envs):
+                b_inds = b_inds[dones[:T].flatten().cpu().numpy() == 0]
+
+            # Time and environments become one dimension, of length T * N: the batch.
+            stats = update(
+                args,
+                agent,
+                optimizer,
+                b_inds=b_inds,
+                b_obs=obs[:T].flatten(0, 1),
+                b_actions=actions.flatten(0, 1),
+                b_logprobs=logprobs.flatten(0, 1),
+                b_advantages=advantages.flatten(0, 1),
+                b_returns=returns.flatten(0, 1),
+                b_values=values[:T].flatten(0, 1),
+            )
+            check_finite(args, global_step, obs, rewards, agent)
+            log.update(optimizer, stats)
+
+            # Save now and then, at the end, and before a stop.
+            stop_signal = max_over_processes(stop.received)
+            is_last = iteration == args.num_updates or stop_signal > 0
+            if checkpoints.due(is_last):
+                log.flush()
+                checkpoints.save(
+                    agent=agent,
+                    optimizer=optimizer,
+                    global_step=global_step,
+                    environments=(envs, next_obs, next_done),
+                    wandb_id=log.wandb_id,
+                )
+            if stop_signal:
+                log.stopped()
                 break
+
+    if stop_signal:
+        raise RunEnded(f"stopped by signal {stop_signal}", exit_code=128 + stop_signal)
     return agent
 
 
-# Part two: the run ----------------------------------------------------------------------------------------------------
-# /// script
-# requires-python = ">=3.10,<3.15"
-# dependencies = ["torch>=2.6,<3", "gymnasium[classic-control]>=1.4,<2", "numpy>=1.26,<3", "cloudpickle>=3,<4",
-#     "tensorboard>=2.18,<3", "wandb>=0.31,<1", "moviepy>=2.1,<3", "tqdm>=4.66,<5"]
-# ///
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+def value_cut_off(agent, envs, next_obs, cut_off, infos):
+    """V of the last observation where a time limit cut an episode off, elsewhere 0.
+
+    cut_off: a mask of shape (num_envs,), as is the result.
+    """
+    # An episode that a time limit cuts off would have gone on, and brought more reward.
+    # By default it counts as over all the same, as in [baselines]. With
+    # --bootstrap-truncation, gamma * V of its last observation, the value of what was
+    # lost, is added to its last reward. That is enough, because compute_advantages()
+    # lets nothing that comes after an end count. (Pardo et al. 2018, arXiv:1712.00378)
+    device = next(agent.parameters()).device
+    values = torch.zeros(len(cut_off), device=device)
+    if cut_off.any():
+        if resets_in_same_step(envs):
+            last_obs = np.stack(infos["final_obs"][cut_off])
+        else:
+            last_obs = next_obs[cut_off]
+        with torch.no_grad():
+            last_values = agent.get_value(torch.as_tensor(last_obs, device=device))
+        values[torch.as_tensor(cut_off)] = last_values
+    return values
 
 
-def fail(message, exit_code=2):  # exit codes: 2, the input was wrong; 1, the run broke
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(exit_code)
+def compute_advantages(rewards, values, dones, gamma, gae_lambda):
+    """Compute by how much each action turned out better than the critic expected.
+
+    rewards: (num_steps, num_envs). values and dones: (num_steps + 1, num_envs), where
+    the last row belongs to the observation that follows the rollout. Returns the
+    advantages and the returns, which the critic is to learn: (num_steps, num_envs).
+
+    Detail 5 is the sum A_t = delta_t + gamma * lambda * delta_{t+1} + ... Why there is
+    no bias with lambda = 1 shows in three steps, written with g for gamma. The values
+    in between cancel, and the rewards remain:
+
+        delta_0 + g * delta_1 + g^2 * delta_2
+            =   (r_0 + g * V_1 - V_0)
+            + g * (r_1 + g * V_2 - V_1)
+            + g^2 * (r_2 + g * V_3 - V_2)
+            = r_0 + g * r_1 + g^2 * r_2 + g^3 * V_3 - V_0
+    """
+    # Detail 5: generalized advantage estimation. delta_t = r_t + gamma * V(s_{t+1}) -
+    # V(s_t) compares what the critic expected with what one step has shown. GAE adds
+    # the later ones, with weights that shrink by gamma * lambda per step:
+    #
+    #     A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * ...
+    #
+    # With lambda = 0, only delta_t counts. It depends on little chance (low variance),
+    # but on all errors of the critic (bias). With lambda = 1 all rewards to come count,
+    # and so does all their chance, but hardly any error. ([GAE] equations 16 to 18)
+    #
+    # An episode's end ends the sum, because the rewards after it belong to another
+    # episode, and V counts as 0 there. The end of the rollout ends it, too, but there
+    # V stands for all that is still to come, even with lambda = 1.
+    continues = 1.0 - dones[1:]  # 0 where the step ended an episode
+    deltas = rewards + gamma * values[1:] * continues - values[:-1]
+
+    advantages = torch.zeros_like(rewards)
+    next_advantage = 0.0
+    for t in reversed(range(len(rewards))):
+        next_advantage = deltas[t] + gamma * gae_lambda * continues[t] * next_advantage
+        advantages[t] = next_advantage
+
+    # The critic is to learn what it expected plus by how much that was wrong.
+    # ([baselines]; it is known as the lambda-return.)
+    returns = advantages + values[:-1]
+    return advantages, returns
 
 
-def integer(text):  # 1e6 counts, too
-    if not float(text).is_integer():
+def update(
+    args,
+    agent,
+    optimizer,
+    b_inds,
+    b_obs,
+    b_actions,
+    b_logprobs,
+    b_advantages,
+    b_returns,
+    b_values,
+):
+    """Let the agent learn from one batch, and return what is to be logged.
+
+    b_inds: the numbers of the samples to learn from, a numpy array that is shuffled in
+    place. The others: (batch_size, ...), as they were after the rollout. Returns
+    {name: number}.
+
+    Detail 8, the clipped policy objective, has four cases. For clip_coef = 0.2:
+
+        advantage   ratio       loss            what the gradient does
+        positive    up to 1.2   -A * ratio      makes the action likelier
+        positive    above 1.2   -A * 1.2        nothing; it has become likely enough
+        negative    above 0.8   -A * ratio      makes the action less likely
+        negative    below 0.8   -A * 0.8        nothing; it has become rare enough
+
+    An example: A = 2 and ratio = 1.5. The two losses are -3 without clipping and -2.4
+    with it. The larger one counts, -2.4, and it does not change with the ratio. But if
+    the same action has become rare, with ratio = 0.5, the losses are -1 and -1.6. Again
+    the larger one counts, -1, and its gradient pulls the action back up.
+    """
+    clipfracs = []
+    for _ in range(args.update_epochs):
+        # Detail 6: minibatches. In each epoch the batch is dealt into new random
+        # minibatches, and each makes one gradient step. Many noisy steps get further
+        # than one exact step, and every sample counts once per epoch. ([PPO]
+        # algorithm 1)
+        np.random.shuffle(b_inds)
+        minibatches = torch.as_tensor(b_inds, device=b_obs.device)
+        for mb_inds in minibatches.tensor_split(args.num_minibatches):
+            newlogprob, entropy, newvalue = agent.evaluate_actions(
+                b_obs[mb_inds], b_actions[mb_inds]
+            )
+            # pi_new(a|s) / pi_old(a|s), which is 1 until the policy has changed
+            logratio = newlogprob - b_logprobs[mb_inds]
+            ratio = logratio.exp()
+
+            # Detail 7: advantage normalization. The mean of the minibatch's advantages
+            # becomes 0 and their standard deviation 1. So the scale of the rewards is
+            # divided out of the policy loss, and the same learning rate suits many
+            # tasks. About half of the actions are encouraged. ([baselines])
+            mb_advantages = b_advantages[mb_inds]
+            if args.norm_adv:
+                mean, std = mb_advantages.mean(), mb_advantages.std()
+                mb_advantages = (mb_advantages - mean) / (std + 1e-8)
+
+            # Detail 8: clipped policy objective. -A * ratio makes actions with A > 0
+            # likelier. Where the ratio is 1, its gradient is -A * grad log pi(a|s), the
+            # policy gradient. The ratio is there because the old policy drew the
+            # actions: one that is now twice as likely has to count twice.
+            #
+            # The advantages were measured under the old policy, so they mislead the
+            # further the new one moves away, and a ruined policy collects the next
+            # batch. Therefore the loss is flat beyond the clip range. Taking the larger
+            # of the two losses is pessimistic: clipping may take a gain away, but it
+            # never hides a harm. The docstring shows the cases. ([PPO] equation 7)
+            pg_loss1 = -mb_advantages * ratio
+            pg_loss2 = -mb_advantages * torch.clamp(
+                ratio, 1 - args.clip_coef, 1 + args.clip_coef
+            )
+            pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+
+            # Detail 9: clipped value loss. It is meant to do the same for the critic:
+            # moving a value further than clip_coef away from the old one gains nothing,
+            # and again the larger loss counts. The range is in units of return. It is
+            # generous if returns are around 1 and tight if they are in the hundreds, as
+            # CartPole's are. ([baselines]; [PPO] does not have it.) Later studies found
+            # no use in it (Engstrom et al. 2020, arXiv:2005.12729) or harm ([Study]).
+            mb_returns = b_returns[mb_inds]
+            v_loss = (newvalue - mb_returns) ** 2
+            if args.clip_vloss:
+                mb_values = b_values[mb_inds]
+                v_clipped = mb_values + torch.clamp(
+                    newvalue - mb_values, -args.clip_coef, args.clip_coef
+                )
+                v_loss_clipped = (v_clipped - mb_returns) ** 2
+                v_loss = torch.max(v_loss, v_loss_clipped)
+            v_loss = 0.5 * v_loss.mean()  # 0.5 cancels the 2 of the derivative
+
+            # Detail 10: overall loss with an entropy bonus. Entropy is highest where
+            # all actions are equally likely, so the bonus keeps the policy from
+            # settling on one too early. ([A3C]; [PPO] equation 9)
+            #
+            # The weight of the value loss hardly matters here. Actor and critic share
+            # no layers, and Adam divides the scale of a gradient out of its steps. It
+            # matters where layers are shared.
+            entropy_loss = entropy.mean()
+            loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+
+            # Debug variables
+            with torch.no_grad():
+                # KL(pi_old || pi_new) tells how far the policy has moved, in nats. Both
+                # of these estimate it from r, the ratio. old_approx_kl is the mean of
+                # -log r; it is noisy, and may come out negative. approx_kl is the mean
+                # of (r - 1) - log r. Its expectation is the same, as r - 1 is 0 on
+                # average. But it varies less, and no sample of it is negative, up to
+                # rounding. (Schulman 2020, joschu.net/blog/kl-approx.html)
+                old_approx_kl = (-logratio).mean()
+                approx_kl = ((ratio - 1) - logratio).mean()
+
+                # clipfrac is the share of samples beyond the clip range. ([baselines])
+                # Our rule of thumb: if both are near 0 early in a run, the policy
+                # hardly moves. Above 0.02 for approx_kl, or 0.2 for clipfrac, it moves
+                # too fast.
+                clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                clipfracs.append(clipfrac)
+
+            optimizer.zero_grad()
+            loss.backward()
+            average_gradients(agent)  # over the processes of torchrun, if there are any
+
+            # Detail 11: global gradient clipping. The gradients of all parameters count
+            # as one long vector. If it is longer than max_grad_norm, it is shortened,
+            # and its direction stays. An outlier would otherwise make one step too far,
+            # and then linger in Adam's running means for many more. ([baselines]; the
+            # idea is from Pascanu et al. 2013, arXiv:1211.5063)
+            nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+
+        # Bonus: early stopping. Clipping only takes away the gradient of samples beyond
+        # the range. The others still move the policy, as do the entropy bonus and
+        # Adam's running means. If approx_kl is above target_kl in the last minibatch of
+        # an epoch, the data are too old for another one. ([Huang])
+        if args.target_kl is not None:
+            if mean_over_processes(approx_kl.item()) > args.target_kl:
+                break
+
+    # Explained variance is the share of the variance of the returns that the critic had
+    # foreseen when it played. 1 is perfect; at 0 or less, a constant would have done as
+    # well. It should rise, until a solved task leaves little to foresee. ([baselines])
+    y_pred, y_true = b_values[b_inds], b_returns[b_inds]
+    explained_variance = 1 - (y_true - y_pred).var() / y_true.var()
+
+    # policy_loss is no measure of progress: each batch has advantages of its own.
+    return {
+        "value_loss": v_loss.item(),
+        "policy_loss": pg_loss.item(),
+        "entropy": entropy_loss.item(),
+        "old_approx_kl": old_approx_kl.item(),
+        "approx_kl": approx_kl.item(),
+        "clipfrac": torch.stack(clipfracs).mean().item(),
+        "explained_variance": explained_variance.item(),
+    }
+
+
+# Part two: the run
+#
+# Its sections do not know each other. train() and main() put them together:
+# settings, environments, stop signals, processes, the logger, and checkpoints.
+
+
+class RunEnded(Exception):
+    """A run ended, or could not begin, for a reason that is no bug.
+
+    The exit code is main's: 2 if the input was wrong, 1 if the run broke, and 128 + n,
+    as is usual in shells, if signal n stopped it.
+    """
+
+    def __init__(self, message, exit_code=2):
+        super().__init__(" ".join(str(message).split()))
+        self.exit_code = exit_code
+
+
+# Settings
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Takes --learning_rate for --learning-rate, too, and raises RunEnded."""
+
+    def __init__(self):
+        # Abbreviations would break as soon as another flag begins alike.
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=formatter)
+
+    def parse_args(self, argv):
+        return super().parse_args([with_dashes(argument) for argument in argv])
+
+    def error(self, message):
+        raise RunEnded(message)
+
+
+def with_dashes(argument):
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """A flag that is written --gae or --no-gae, and --gae False by some tools."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, **options)
+        self.nargs = "?"
+        self.metavar = "BOOL"
+
+    def __call__(self, parser, namespace, value, option_string):
+        text = str(value).lower()
+        if value is not None and text not in ("true", "false"):
+            raise argparse.ArgumentError(self, f"expected True or False, got {value}")
+        switched_on = text != "false"
+        if option_string.startswith("--no-"):
+            switched_on = not switched_on
+        setattr(namespace, self.dest, switched_on)
+
+
+def number(text, low, high):
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:  # which is also false for NaN
+        message = f"expected a number between {low} and {high}, got {text}"
+        raise argparse.ArgumentTypeError(message)
+    return value
+
+
+def whole_number(text, low=0, high=2**32 - 1):
+    value = number(text, low, high)  # so 1e6 counts, too
+    if not value.is_integer():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text}")
-    return int(float(text))
+    return int(value)
 
 
-def check_args(parser, argv):  # exit code 2: a flag is wrong
-    parser.error = fail  # argparse prints the usage, too, in which the one line that matters is lost
-    # Other spellings: dashes or underscores; --gae=False or --gae False for --no-gae; None, where it is the default.
-    text = "\0".join(["", *(sys.argv[1:] if argv is None else argv), ""])
-    text = re.sub(r"\0--[^=\0]+", lambda flag: flag[0].replace("_", "-"), text)
-    text = re.sub(r"\0--(target-kl|wandb-entity|resume)[=\0]None(?=\0)", "", text)
-    text = re.sub(r"\0--([^=\0]+)[=\0]false(?=\0)", r"\0--no-\1", text, flags=re.IGNORECASE)
-    argv = re.sub(r"(\0--[^=\0]+)[=\0]true(?=\0)", r"\1", text, flags=re.IGNORECASE).split("\0")[1:-1]
+def positive_int(text):
+    return whole_number(text, low=1, high=2**53)
+
+
+def fraction(text):
+    return number(text, 0, 1)
+
+
+def amount(text):
+    return number(text, 0, 1e30)  # float32 overflows at 3e38
+
+
+def optional(type_of_flag):
+    """The same type, but the word None means that there is no value."""
+
+    def none_or_value(text):
+        return None if text == "None" else type_of_flag(text)
+
+    return none_or_value
+
+
+def complete(parser, argv):
+    """Read the flags, check those that depend on each other, and add what follows."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if args.resume is not None:  # that run's flags take the place of the defaults, and none may be given another value
-        folder, checkpoint = load_checkpoint(args.resume)
-        saved = {name: value for name, value in checkpoint["args"].items() if name != "resume" and name in args}
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        args.resume, changed = folder, {name: was for name, was in saved.items() if getattr(args, name) != was}
-        if changed and (list(changed) != ["total_timesteps"] or args.total_timesteps < saved["total_timesteps"]):
-            fail(f"--resume keeps the flags of its run, of which only total_timesteps may grow. Before: {changed}")
-        if changed and args.anneal_lr:
-            print(f"note: annealed over {args.total_timesteps} steps now, the learning rate goes on higher than it was")
-    ranges = {"seed": (0, 2**32 - 1), "num_threads": (1, 1024), "gamma": (0, 1), "gae_lambda": (0, 1)}
-    for name, value in vars(args).items():
-        low, high = ranges.get(name, (1, 2**53) if type(value) is int else (0, 1e30))  # float32 overflows at 3e38
-        if value == [] or type(value) in (int, float) and not low <= value <= high:  # NaN fails, too; []: --flag=--
-            fail(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
-    world_size = os.environ.get("WORLD_SIZE") or "1"  # some schedulers set it, or the rank alone
-    if world_size != "1" and not torch.distributed.is_torchelastic_launched():
-        fail(f"WORLD_SIZE={world_size} in the environment asks for several processes: use torchrun, or unset it")
-    args.world_size, args.rank = int(world_size), int(os.environ["RANK"]) if world_size != "1" else 0
-    if args.resume and len(checkpoint["processes"]) != args.world_size:
-        fail(f"--resume needs as many processes as its run had, {len(checkpoint['processes'])}, not {args.world_size}")
+    if args.resume:
+        args = parse_args_of_resumed_run(parser, argv, find_run(args.resume))
+    add_processes(args)
+    add_sizes(args)
+    return args
+
+
+def add_processes(args):
+    """Add what torchrun says: how many processes there are, and which one is ours."""
+    args.world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    args.rank = int(os.environ["RANK"]) if args.world_size > 1 else 0
     args.local_num_envs = args.num_envs // args.world_size
+
+    # Some schedulers set WORLD_SIZE, too, but start each process as a run of its own.
+    if args.world_size > 1 and not torch.distributed.is_torchelastic_launched():
+        raise RunEnded(
+            f"WORLD_SIZE={args.world_size} in the environment asks for several "
+            "processes: use torchrun, or unset it"
+        )
+    if args.num_envs % args.world_size:
+        raise RunEnded(
+            f"--num-envs {args.num_envs} cannot be split evenly over the "
+            f"{args.world_size} processes of torchrun"
+        )
+
+
+def add_sizes(args):
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_updates = args.total_timesteps // args.batch_size
-    batch = f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = {args.batch_size} steps"
-    if args.num_envs % args.world_size:
-        fail(f"--num-envs {args.num_envs} cannot be split evenly over the {args.world_size} processes of torchrun")
-    if args.batch_size % args.num_minibatches or args.minibatch_size < args.world_size * (1 + args.norm_adv):
-        fail(f"{batch} cannot be split into --num-minibatches {args.num_minibatches} equal parts of 2 steps or more")
+
+    batch = (
+        f"a batch of --num-envs {args.num_envs} * --num-steps {args.num_steps} = "
+        f"{args.batch_size} steps"
+    )
     if args.num_updates < 1:
-        fail(f"--total-timesteps {args.total_timesteps} is less than {batch}")
+        raise RunEnded(f"--total-timesteps {args.total_timesteps} is less than {batch}")
+    smallest = args.world_size
+    if args.norm_adv:
+        smallest *= 2  # a single sample has no standard deviation
+    if args.batch_size % args.num_minibatches or args.minibatch_size < smallest:
+        raise RunEnded(
+            f"{batch} cannot be split into --num-minibatches {args.num_minibatches} "
+            f"equal parts of {smallest} steps or more"
+        )
+
+
+def parse_args_of_resumed_run(parser, argv, folder):
+    """The flags of the run in this folder, of which only total_timesteps may change."""
+    saved = load_checkpoint(folder)["args"]
+    was = {name: saved[name] for name in vars(parser.parse_args([]))}
+    parser.set_defaults(**was)
+    args = parser.parse_args(argv)
+    args.resume = was["resume"] = folder
+
+    changed = {name: was[name] for name in was if getattr(args, name) != was[name]}
+    grown_from = changed.pop("total_timesteps", args.total_timesteps)
+    if changed or args.total_timesteps < grown_from:
+        raise RunEnded(
+            "--resume keeps the flags of its run, of which only total_timesteps may "
+            f"grow. They were: {changed or {'total_timesteps': grown_from}}"
+        )
+    if args.total_timesteps > grown_from and args.anneal_lr:
+        print(
+            f"note: annealed over {args.total_timesteps} steps now, the learning rate "
+            "goes on higher than it was"
+        )
     return args
+
+
+def set_up_torch(args):
+    """Set what is the same for the whole process, and return the device to use."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic CUDA
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.set_num_threads(args.num_threads)
+    if args.cuda and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def seed_generators(seed):
@@ -408,272 +809,638 @@ def seed_generators(seed):
     torch.manual_seed(seed)
 
 
-def worker(seed, index, thunk, pipe, parent_pipe, memory, errors, *options):
-    """A process of AsyncVectorEnv, with generators of its own, else all draw the same; signals are left to the main."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    seed_generators(seed + index)
-    put = errors.put  # not all errors can be sent to the main process, which would wait for ever; their text can
-    errors.put = lambda x: put((index, RuntimeError, f"{x[1].__name__} in sub-environment {index}: {x[2]}", x[3]))
+def choose_folders(args, first_step):
+    """Return where the run's results go, and where its videos go, as paths."""
+    now = int(time.time())
+    if args.resume:
+        run_folder = Path(args.resume)
+        name = run_folder.resolve().name
+        return run_folder, Path("videos", name, f"from-step-{first_step}__{now}")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+    name = re.sub(r"[/\\:\s]", "-", name)
+    return Path("runs", name), Path("videos", name)
+
+
+# Environments
+
+
+def vectorize(make_env, args, seed, autoreset_mode, video=None, render_mode=None):
+    """Make args.local_num_envs environments with make_env(args, render_mode), as one.
+
+    The first one is recorded if there are options for RecordVideo in ``video``. With
+    --vectorization-mode vector_entry_point, the environment's own batch is taken as it
+    is, without make_env and in the autoreset mode that it has. Otherwise observations
+    are not copied: the next step overwrites them.
+    """
+    thunks = []
+    for index in range(args.local_num_envs):
+        recorded = video if index == 0 else None
+        thunk = make_thunk(make_env, args, seed + index, recorded, render_mode)
+        thunks.append(thunk)
+
+    mode = args.vectorization_mode
     try:
-        _async_worker(index, thunk, pipe, parent_pipe, memory, errors, *options)
-    except Exception as error:  # those of steps are reported, so the environment could not be made
-        pipe.recv()  # the first question of the main process
-        errors.put((index, type(error), error, ""))
-        pipe.send((None, False))
+        if mode == "sync":
+            return gym.vector.SyncVectorEnv(
+                thunks, copy=False, autoreset_mode=autoreset_mode
+            )
+        if mode == "async":
+            return gym.vector.AsyncVectorEnv(
+                thunks, copy=False, autoreset_mode=autoreset_mode
+            )
+        if video:
+            raise RunEnded("--capture-video needs --vectorization-mode sync or async")
+        envs = gym.make_vec(args.env_id, args.local_num_envs, vectorization_mode=mode)
+    except ModuleNotFoundError as error:
+        raise RunEnded(
+            f"--env-id {args.env_id}: {error} (Python looks beside the program, in the "
+            "folders of PYTHONPATH, and among the installed packages.)"
+        ) from error
+    except gym.error.Error as error:
+        raise RunEnded(f"--env-id {args.env_id}: {error}") from error
+
+    batch_mode = envs.metadata.get("autoreset_mode")
+    if batch_mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+        raise RunEnded(
+            f"--env-id {args.env_id}: its metadata has autoreset_mode {batch_mode}, "
+            "not NEXT_STEP or SAME_STEP, in which episodes follow each other"
+        )
+    return envs
 
 
-class Run:  # exit codes: 2, it could not begin, nothing was written; 1, it broke; 128 + n, signal n stopped it
-    def __init__(self, args):
-        self.args, self.handlers, self.returns, self.logged_videos = args, contextlib.ExitStack(), [], set()
-        self.stop_signal = self.envs = self.folder = self.writer = self.bar = self.wandb = None
-        self.say = tqdm.write if args.rank == 0 else str  # print, but without tearing the progress bar; or nothing
-        self.checkpoint = load_checkpoint(args.resume)[1] if args.resume else {"update": 0, "wandb_id": None}
-        self.first_step = self.global_step = self.checkpoint["update"] * args.batch_size
-        self.seed = args.seed + args.rank * args.local_num_envs + self.first_step  # a resumed run plays new episodes
-        if args.rank == 0:
-            self.folder = Path(args.resume) if args.resume else new_folder(args)
-            resumed = f"from-step-{self.first_step}__{int(time.time())}" if args.resume else ""
-            self.videos = Path("videos", self.folder.resolve().name, resumed)
-        gpu = f"cuda:{os.environ['LOCAL_RANK'] if args.world_size > 1 else 0}"
-        self.device = torch.device(gpu if args.cuda and torch.cuda.is_available() else "cpu")
+def make_thunk(make_env, args, seed, video, render_mode):
+    """Return a function that makes one environment, maybe in a worker process."""
+    main_process = os.getpid()
+
+    def thunk():
+        in_worker = os.getpid() != main_process
+        if in_worker:
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # the main process will stop us
+            seed_generators(seed)  # or all workers would draw the same numbers
+
+        env = make_env(args, "rgb_array" if video else render_mode)
+        if args.bootstrap_truncation:
+            # Some environments overwrite the last observation when they are reset.
+            env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
+        if video:
+            env = gym.wrappers.RecordVideo(env, **video)
+        if in_worker:
+            env = ErrorsAsText(env)
+        return env
+
+    return thunk
+
+
+class ErrorsAsText(gym.Wrapper):
+    """Lets a worker process send its errors as text, with their traceback.
+
+    Not every error can be pickled, and the main process would wait for ever for one
+    that cannot.
+    """
+
+    def reset(self, **options):
+        return self.call(self.env.reset, **options)
+
+    def step(self, action):
+        return self.call(self.env.step, action)
+
+    def call(self, function, *args, **options):
+        try:
+            return function(*args, **options)
+        except Exception:
+            text = traceback.format_exc().replace("%", "%%")  # Gymnasium formats it
+            raise RuntimeError(f"in a worker process:\n{text}") from None
+
+
+def flatten_observations(env):
+    """Discrete becomes one-hot; Dict, Tuple and images become one long vector."""
+    space = env.observation_space
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        return env
+    try:
+        return gym.wrappers.FlattenObservation(env)
+    except NotImplementedError as error:
+        raise RunEnded(
+            f"{env.spec.id}: its observations are {space}, and a part of that, such as "
+            "a text, has no fixed size that Gymnasium knows"
+        ) from error
+
+
+def check_spaces(args, envs):
+    """Raise RunEnded unless actions are numbered from 0 and observations are flat."""
+    actions = envs.single_action_space
+    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
+        raise RunEnded(
+            f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0 "
+            "(for a Box: python ppo_continuous_action.py)"
+        )
+    observations = envs.single_observation_space
+    if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
+        raise RunEnded(
+            f"--env-id {args.env_id}: its observations are {observations}, not a flat "
+            "Box"
+        )
+
+
+@contextlib.contextmanager
+def open_envs(args, make_envs, seed, video_folder, checkpoint):
+    """Open the environments, and close them at the end.
+
+    Yields them with what their last step returned, (next_obs, next_done), or with None
+    if they are new and are yet to be reset.
+    """
+    video = None
+    if args.capture_video and args.rank == 0:
+        video = {"video_folder": str(video_folder)}
+    not_ours = multiprocessing.active_children()
+    envs = None
+    try:
+        restored = restore_envs(args, checkpoint)
+        if restored:
+            envs, *last_step = restored
+        else:
+            envs = make_envs(args, seed, video)
+            last_step = None
+        yield envs, last_step
+    except BaseException:
+        # Workers may hang, and they ignore the signal with which Gymnasium ends them.
+        for worker in multiprocessing.active_children():
+            if worker not in not_ours:
+                worker.kill()
+        if envs is not None:
+            with contextlib.suppress(Exception):  # the first error is the one to show
+                envs.close()
+            envs.unwrapped.closed = True  # so nobody tries again
+        raise
+    envs.close()
+
+
+def restore_envs(args, checkpoint):
+    """The environments as they stood, or None if they could not be kept."""
+    if checkpoint is None or checkpoint["environments"][args.rank] is None:
+        return None
+    if checkpoint["python"] != list(sys.version_info[:2]):
+        return None  # another version of Python may crash without a word
+    pickled = checkpoint["environments"][args.rank]
+    try:
+        return cloudpickle.loads(pickled)  # this runs code: resume no stranger's run
+    except Exception:  # the program, the environment or a library has changed
+        return None
+
+
+@contextlib.contextmanager
+def explain_nan(args, obs):
+    """Torch cannot draw an action from NaN. If the observation is to blame, say so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if obs.isfinite().all():
+            raise
+        message = f"{args.env_id} gave an observation that is not finite"
+        raise RunEnded(message, exit_code=1) from error
+
+
+def check_finite(args, global_step, obs, rewards, agent):
+    """Raise RunEnded if the data or the parameters of the agent are NaN or infinite."""
+    for name, numbers in (("an observation", obs), ("a reward", rewards)):
+        if not numbers.isfinite().all():
+            raise RunEnded(
+                f"{args.env_id} gave {name} that is not finite by step {global_step}",
+                exit_code=1,
+            )
+    if not all(parameter.isfinite().all() for parameter in agent.parameters()):
+        raise RunEnded(
+            f"the update at step {global_step} diverged: lower --learning-rate, or "
+            "scale the rewards",
+            exit_code=1,
+        )
+
+
+# Stop signals
+
+STOP_SIGNALS = []
+for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+    if hasattr(signal, name):  # Windows has only the first two
+        STOP_SIGNALS.append(getattr(signal, name))
+
+
+class StopSignals:
+    """Lets a run end after its update, saved, when it is asked to stop.
+
+    ``received`` is the number of the signal, or 0. A second one stops at once, as the
+    handlers that were there before come back.
+    """
+
+    def __init__(self):
+        self.received = 0
+        self.old_handlers = {}
 
     def __enter__(self):
-        for number in STOP_SIGNALS:
-            with contextlib.suppress(ValueError):  # Python allows it in the main thread alone
-                if signal.getsignal(number) != signal.SIG_IGN:  # nohup, for one, asks to ignore
-                    self.handlers.callback(signal.signal, number, signal.signal(number, self.stop))  # puts the old back
-        seed_generators(self.args.seed + self.args.rank)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
-        torch.use_deterministic_algorithms(self.args.torch_deterministic, warn_only=True)
-        torch.set_num_threads(self.args.num_threads)
-        os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # its greeting does not belong on standard output
+        if threading.current_thread() is threading.main_thread():  # Python's rule
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup asks to ignore
+                    self.old_handlers[number] = signal.signal(number, self.receive)
         return self
 
-    def stop(self, number, frame):
-        self.stop_signal = number
-        self.handlers.close()  # a second signal stops at once
+    def receive(self, number, frame):
+        self.received = int(number)
+        self.restore()
 
-    def make(self, make_envs):
-        args = self.args
-        video = {"video_folder": self.videos} if args.capture_video and args.rank == 0 else None
-        self.envs = make_envs(args, args.local_num_envs, self.seed, video)
-        usable = args.num_steps // 2 * args.num_envs  # every other step may only reset
-        if not resets_in_same_step(self.envs) and usable < 2 * args.num_minibatches * args.world_size:
-            fail(f"--num-steps {args.num_steps}: the steps that only reset may leave too few for --num-minibatches")
-        return self.envs
+    def restore(self):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        self.old_handlers.clear()
 
-    def start(self, agent, optimizer, next_obs, next_done):  # or go on as the checkpoint says, if a run is resumed
-        if self.args.resume:
-            agent.load_state_dict(self.checkpoint["agent"])
-            optimizer.load_state_dict(self.checkpoint["optimizer"])
-            generators, envs = (x.numpy().tobytes() for x in self.checkpoint["processes"][self.args.rank])
-            generators = cloudpickle.loads(generators)
-            random.setstate(generators["random"])
-            np.random.set_state(generators["numpy"])
-            torch.set_rng_state(generators["torch"])
-            torch.cuda.set_rng_state_all(generators["cuda"])
-            try:
-                envs, next_obs, next_done = cloudpickle.loads(envs)  # this runs code: resume no stranger's run
-                self.envs.__dict__.update(envs.__dict__)  # in place, as the agent may refer to them
-            except Exception:
-                next_obs, _ = self.envs.reset(seed=self.seed)  # once more, as the agent's statistics see it now
-                self.say("note: these environments could not be saved or restored, so new episodes start")
-        if self.args.rank == 0:
-            self.open_logs()
-        if self.args.world_size > 1:
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-            for parameter in agent.parameters():  # all processes start from the same ones
-                torch.distributed.broadcast(parameter.data, 0)
-        steps = {"total": self.args.num_updates * self.args.batch_size, "initial": self.first_step}
-        self.bar = tqdm(**steps, unit="step", disable=self.args.rank > 0 or not sys.stderr.isatty())
-        self.start_time = self.saved_time = time.perf_counter()
-        return self.first_step, next_obs, next_done
+    def __exit__(self, *error):
+        self.restore()
 
-    def open_logs(self):
-        args, spaces = self.args, {x: getattr(self.envs, f"single_{x}") for x in ("observation_space", "action_space")}
-        facts = {name: " ".join(str(value).split()) for name, value in (vars(args) | spaces).items()}
-        if args.track:
-            import wandb  # takes a second, so only when it is asked for
 
-            self.wandb, options = wandb, {"project": args.wandb_project_name, "entity": args.wandb_entity}
-            options |= {"name": self.folder.resolve().name, "id": self.checkpoint["wandb_id"], "resume": "allow"}
-            options |= {"config": vars(args), "save_code": True, "sync_tensorboard": True}
-            try:  # before the SummaryWriter is made, for wandb to see that
-                wandb.init(**options)
-            except wandb.errors.CommError as error:
-                self.say(f"note: W&B cannot be reached and logs to the disk, for wandb sync later: {error}")
-                wandb.init(**options, mode="offline")
-            except Exception as error:
-                fail(f"--track: {error} (Or set WANDB_MODE=offline to do without an account.)")
-        self.writer = SummaryWriter(self.folder, purge_step=self.first_step + 1)  # hides what is done again
-        table = "\n".join(f"|{name}|{value}|" for name, value in facts.items())
-        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}")
-        self.say("\n".join(f"{name}={value}" for name, value in facts.items()))
+# Processes of torchrun. Without torchrun, these functions do nothing.
 
-    def log_episodes(self, infos, global_step):
-        """Print each finished episode; TensorBoard gets one point for those that end in the same step, their mean."""
-        self.global_step = global_step
-        if "episode_statistics" in infos and self.writer:
-            finished = infos["_episode_statistics"]  # a mask: (num_envs,); below, one entry for each finished episode
-            returns, lengths = (infos["episode_statistics"][key][finished] for key in ("r", "l"))
-            for r, length in zip(returns, lengths, strict=True):
-                self.say(f"global_step={global_step}, episodic_return={r}, episodic_length={length}")
-            self.returns = [*self.returns, *returns][-100:]
-            self.writer.add_scalar("charts/episodic_return", returns.mean(), global_step)
-            self.writer.add_scalar("charts/episodic_length", lengths.mean(), global_step)
 
-    def log_update(self, update, optimizer, loss, stats, obs, next_obs, rewards):
-        """Log stats, averaged over the processes of torchrun. Exit code 1: something is not finite any more."""
-        for name, x in (("an observation", obs), ("an observation", next_obs), ("a reward", rewards)):
-            if not np.isfinite(x).all():
-                fail(f"{self.args.env_id} gave {name} that is not finite, by global_step {self.global_step}", 1)
-        if not all(x.isfinite().all() for x in (loss, *optimizer.param_groups[0]["params"])):
-            fail(f"update {update} (step {self.global_step}) diverged: lower --learning-rate, or scale the rewards", 1)
-        sps = int((self.global_step - self.first_step) / (time.perf_counter() - self.start_time))
-        means = self.mean([value.item() for value in stats.values()])
-        scalars = {f"losses/{name}": mean for name, mean in zip(stats, means, strict=True)}
-        scalars |= {"charts/SPS": sps, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
-        for tag, value in scalars.items() if self.writer else ():
+@contextlib.contextmanager
+def process_group(args, device):
+    """Connect the processes of torchrun."""
+    if args.world_size == 1:
+        yield
+        return
+    gpu = device.type == "cuda"
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    yield
+    # After an error this is left out, as the other processes might never answer.
+    torch.distributed.destroy_process_group()
+
+
+def distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def copy_to_all_processes(agent):
+    """Let all processes start from the parameters of the first one."""
+    if distributed():
+        for parameter in agent.parameters():
+            torch.distributed.broadcast(parameter.data, src=0)
+
+
+def average_gradients(agent):
+    """Average the gradients of all processes, as one vector in one message."""
+    if distributed():
+        gradients = [p.grad for p in agent.parameters() if p.grad is not None]
+        vector = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(vector)
+        vector /= torch.distributed.get_world_size()
+        parts = vector.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view(gradient.shape))
+
+
+def mean_over_processes(number):
+    if not distributed():
+        return number
+    total = torch.tensor(number, dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    return total.item() / torch.distributed.get_world_size()
+
+
+def max_over_processes(number):
+    """The largest of the processes' numbers, so that all decide alike."""
+    if not distributed():
+        return number
+    largest = torch.tensor(number)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return largest.item()
+
+
+def gather_from_processes(item):
+    """A list of what each process has."""
+    if not distributed():
+        return [item]
+    items = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
+# The logger
+
+STATISTICS = "episode_statistics"  # not Gymnasium's "episode", which some games use
+
+
+class Logger:
+    """Standard output, TensorBoard, Weights & Biases and the progress bar.
+
+    All are silent in all processes but the first. To add another logger, begin it in
+    __enter__, give it the numbers in add_scalar, and end it in __exit__.
+    """
+
+    def __init__(self, args, envs, run_folder, video_folder, checkpoint):
+        self.args = args
+        self.envs = envs
+        self.run_folder = run_folder
+        self.video_folder = video_folder
+        self.is_silent = args.rank > 0
+        self.first_step = checkpoint["global_step"] if checkpoint else 0
+        self.global_step = self.first_step
+        self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
+        self.wandb = None
+        self.logged_videos = set()
+        self.last_returns = []
+
+    def __enter__(self):
+        self.start_time = time.perf_counter()
+        if self.is_silent:
+            return self
+        if not self.args.resume:
+            self.make_run_folder()
+        if self.args.track:
+            self.start_wandb()  # before the writer, so that it sees what that writes
+        # Points that a killed run has logged after its checkpoint are hidden.
+        self.writer = SummaryWriter(self.run_folder, purge_step=self.first_step + 1)
+        self.bar = tqdm(
+            total=self.args.num_updates * self.args.batch_size,
+            initial=self.first_step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+        )
+        self.settings()
+        return self
+
+    def make_run_folder(self):
+        try:
+            self.run_folder.mkdir(parents=True)
+        except FileExistsError as error:
+            message = f"{self.run_folder} exists already: start again in a second"
+            raise RunEnded(message) from error
+
+    def start_wandb(self):
+        import wandb  # takes a second, so only when it is asked for
+
+        try:
+            run = wandb.init(
+                project=self.args.wandb_project_name,
+                entity=self.args.wandb_entity,
+                name=self.run_folder.resolve().name,
+                id=self.wandb_id,
+                resume="allow",
+                config=vars(self.args),
+                save_code=True,
+                sync_tensorboard=True,
+            )
+        except wandb.errors.Error as error:
+            raise RunEnded(
+                f"--track: {error} (WANDB_MODE=offline does without an account and "
+                "without a connection.)"
+            ) from error
+        self.wandb = wandb
+        self.wandb_id = run.id
+
+    def say(self, line):
+        if not self.is_silent:
+            tqdm.write(line)  # print, without tearing the progress bar
+
+    def settings(self):
+        """Print and log the flags, and the spaces of the environments."""
+        facts = dict(vars(self.args))
+        facts["observation_space"] = self.envs.single_observation_space
+        facts["action_space"] = self.envs.single_action_space
+        rows = ["|flag|value|", "|-|-|"]
+        for name, value in facts.items():
+            value = " ".join(str(value).split())  # spaces may take several lines
+            self.say(f"{name}={value}")
+            rows.append(f"|{name}|{value}|")
+        self.writer.add_text("hyperparameters", "\n".join(rows))
+
+    def add_scalar(self, tag, value):
+        if not self.is_silent:
             self.writer.add_scalar(tag, value, self.global_step)
-        self.bar.set_postfix(SPS=sps, mean_return=np.mean(self.returns or [np.nan]), refresh=False)
+
+    def episodes(self, infos, global_step):
+        """Print each finished episode; the curve gets the mean of those of one step."""
+        self.global_step = global_step
+        if self.is_silent or STATISTICS not in infos:
+            return
+        finished = infos[f"_{STATISTICS}"]  # a mask: (num_envs,)
+        returns = infos[STATISTICS]["r"][finished]
+        lengths = infos[STATISTICS]["l"][finished]
+        for episodic_return, length in zip(returns, lengths, strict=True):
+            self.say(
+                f"global_step={global_step}, episodic_return={episodic_return}, "
+                f"episodic_length={length}"
+            )
+        self.last_returns = [*self.last_returns, *returns][-100:]
+        self.add_scalar("charts/episodic_return", returns.mean())
+        self.add_scalar("charts/episodic_length", lengths.mean())
+
+    def update(self, optimizer, stats):
+        """Log what update() returned, averaged over the processes of torchrun."""
+        for name, number in stats.items():
+            self.add_scalar(f"losses/{name}", mean_over_processes(number))
+        if self.is_silent:
+            return
+        seconds = time.perf_counter() - self.start_time
+        steps_per_second = int((self.global_step - self.first_step) / seconds)
+        self.add_scalar("charts/SPS", steps_per_second)
+        self.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"])
+        if self.wandb and self.args.capture_video:
+            self.videos()
+
+        mean_return = np.mean(self.last_returns) if self.last_returns else np.nan
+        self.bar.set_postfix(mean_return=mean_return, refresh=False)
         self.bar.update(self.args.batch_size)
         sys.stdout.flush()  # redirected output is complete up to this update
-        if self.wandb and self.args.capture_video:  # wandb's own monitor_gym breaks with Gymnasium 1.0 and later
-            for path in sorted(set(self.videos.glob("*.mp4")) - self.logged_videos):
-                self.wandb.log({"video": self.wandb.Video(str(path), format="mp4"), "global_step": self.global_step})
+
+    def videos(self):
+        """Upload what has been recorded. W&B's own monitor_gym breaks Gymnasium 1.0."""
+        for path in sorted(self.video_folder.glob("*.mp4")):
+            if path not in self.logged_videos:
+                video = self.wandb.Video(str(path), format="mp4")
+                self.wandb.log({"video": video, "global_step": self.global_step})
                 self.logged_videos.add(path)
 
-    def average_gradients(self, agent):
-        for parameter in agent.parameters() if self.args.world_size > 1 else []:
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= self.args.world_size
+    def stopped(self):
+        how = "it has no checkpoint"
+        if self.args.checkpoint_interval:
+            how = f"to go on: the same command with --resume {self.run_folder}"
+        total = self.args.total_timesteps
+        self.say(f"stopped at step {self.global_step} of {total}; {how}")
 
-    def mean(self, x):
-        x = torch.as_tensor(x, dtype=torch.float64).cpu()  # a number or a list of them, to be averaged over torchrun's
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(x)
-        return x.numpy() / self.args.world_size
+    def flush(self):
+        if not self.is_silent:
+            self.writer.flush()
 
-    def save_or_stop(self, update, agent, optimizer, next_obs, next_done):
-        """Save when it is time to. Returns whether to end now. All processes of torchrun do so in the same update."""
-        args, due = self.args, time.perf_counter() - self.saved_time >= self.args.checkpoint_interval
-        stop, due = self.mean([bool(self.stop_signal), due]) > 0
-        if args.checkpoint_interval and (due or stop or update == args.num_updates):
-            generators = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-            generators["cuda"] = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
-            envs = b""  # where they stand now; simulators written in C, windows and processes cannot be pickled
-            if not args.capture_video:  # nor should a video's frames
-                with contextlib.suppress(Exception):
-                    envs = cloudpickle.dumps((self.envs, next_obs, next_done))  # pickle refuses functions in wrappers
-            if b"_ezpickle_args" in envs:  # Gymnasium's EzPickle saves how one was made, not where it stands
-                envs = b""
-            process = [torch.tensor(np.frombuffer(x, np.uint8)) for x in (cloudpickle.dumps(generators), envs)]
-            processes = [process] * args.world_size
-            if args.world_size > 1:
-                torch.distributed.all_gather_object(processes, process)
-            if args.rank == 0:
-                program = Path(getattr(sys.modules[type(agent).__module__], "__file__", "ppo.py")).stem
-                checkpoint = {"args": vars(args), "program": program, "update": update, "processes": processes}
-                checkpoint |= {"wandb_id": self.wandb and self.wandb.run.id}
-                checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-                self.writer.flush()  # what is in TensorBoard is never behind the checkpoint
-                save_checkpoint(self.folder, checkpoint)
-            self.saved_time = time.perf_counter()
-        return stop
-
-    def __exit__(self, kind, error, traceback):
-        for process in multiprocessing.active_children() if error else []:
-            if process.name.startswith("Worker<"):  # Gymnasium's; they may hang, so they are not asked to end
-                process.kill()
-        for opened in filter(None, (self.bar, self.writer, self.envs)):  # the last one finishes a video, too
-            try:
-                opened.close()
-            except Exception as error_in_closing:
-                error, opened.closed = error or error_in_closing, True  # one error is enough, and one try
-        self.handlers.close()
+    def __exit__(self, kind, error, trace):
+        if self.is_silent:
+            return
+        self.bar.close()
+        self.writer.close()
         if self.wandb:
             self.wandb.finish(exit_code=int(error is not None))
-        if self.folder and not self.writer:  # nothing stays of a run that could not begin
-            for path in (*self.videos.glob("*"), self.videos, *self.videos.parents, self.folder, Path("runs")):
-                with contextlib.suppress(OSError):  # not empty, or not there
-                    path.unlink() if path.is_file() else path.rmdir()
-        if error:
-            explain(error, self.args, self.global_step, began=self.writer is not None)
-            raise error
-        if self.args.world_size > 1:
-            torch.distributed.destroy_process_group()
-        if not self.returns:
-            self.say("note: not one episode ended, so there is no return to show")
-        if self.stop_signal:
-            how = f"the same command with --resume {self.folder}" if self.args.checkpoint_interval else "no checkpoint"
-            self.say(f"stopped at step {self.global_step} of {self.args.total_timesteps}; to go on: {how}")
-        self.say(f"results: {self.folder}" + (f" and {self.videos}" if self.args.capture_video else ""))
-        if self.stop_signal:
-            sys.exit(128 + self.stop_signal)  # the exit code that shells give to a death by this signal
+        if error is None:
+            videos = f" and {self.video_folder}" if self.args.capture_video else ""
+            self.say(f"results: {self.run_folder}{videos}")
+        elif not isinstance(error, RunEnded):
+            error.how_to_go_on = self.how_to_go_on(error)  # main() prints it
+
+    def how_to_go_on(self, error):
+        line = f"The run broke in step {self.global_step + self.args.num_envs}."
+        if self.args.vectorization_mode == "async" and isinstance(error, EOFError):
+            line += " A worker process died, maybe because memory ran out."
+        if (self.run_folder / "checkpoint.pt").exists():
+            line += f" To go on from its last checkpoint: --resume {self.run_folder}"
+        return line
 
 
-def explain(error, args, global_step, began):  # if it is an environment's error, fail with one line for when and why
-    frames = extract_tb(error.__traceback__)
-    theirs = any(x.filename.startswith(gym.__path__[0]) or x.name in ("make_envs", "load_state_dict") for x in frames)
-    if isinstance(error, KeyboardInterrupt) or frames[-1].name == "fail" or not theirs:
-        return
-    reason = f"{type(error).__name__}: {error} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
-    if args.vectorization_mode == "async" and isinstance(error, (EOFError, ConnectionError)):
-        reason = "one of its processes died"
-    elif isinstance(error, NotImplementedError):
-        reason = "a part of its observations, such as a text, has no fixed size that Gymnasium knows"
-    elif isinstance(error, ModuleNotFoundError):
-        reason += f" (searched: {sys.path[0] or os.getcwd()}, the folders of PYTHONPATH, installed packages)"
-    flags = f"--vectorization-mode {args.vectorization_mode}, --capture-video {args.capture_video}"
-    when = f"broke in global_step {global_step + args.num_envs}" if began else "cannot be used"
-    fail(f"--env-id {args.env_id} ({flags}) {when}: {reason}", 1 if began else 2)
+# Checkpoints
+
+CHECKPOINT_VERSION = 2
 
 
-def new_folder(args):  # its name ends in the first second, from now on, that no other run has taken
-    name, second = re.sub(r"[/\\:\s]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}"), int(time.time())
-    Path("runs").mkdir(exist_ok=True)
-    while True:
-        with contextlib.suppress(FileExistsError):
-            Path("runs", f"{name}__{second}").mkdir()
-            return Path("runs", f"{name}__{second}")
-        second += 1
+class Checkpoints:
+    """Saves a run to its folder every --checkpoint-interval seconds."""
+
+    def __init__(self, args, run_folder):
+        self.args = args
+        self.path = run_folder / "checkpoint.pt"
+        self.saved_at = time.perf_counter()
+
+    def due(self, is_last):
+        if self.args.checkpoint_interval == 0:
+            return False
+        seconds = max_over_processes(time.perf_counter() - self.saved_at)
+        return is_last or seconds >= self.args.checkpoint_interval
+
+    def save(self, agent, optimizer, global_step, environments, wandb_id):
+        random_states = gather_from_processes(get_random_states())
+        environments = gather_from_processes(self.pickle(environments))
+        if self.args.rank == 0:
+            checkpoint = {
+                "version": CHECKPOINT_VERSION,
+                "python": list(sys.version_info[:2]),
+                "program": program_of(agent),
+                "args": vars(self.args),
+                "global_step": global_step,
+                "wandb_id": wandb_id,
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "random_states": random_states,
+                "environments": environments,
+            }
+            self.write(checkpoint)
+        self.saved_at = time.perf_counter()
+
+    def pickle(self, environments):
+        """The environments as bytes, or None if they cannot be kept as they stand."""
+        if self.args.capture_video:
+            return None  # a video that has begun cannot go on
+        try:
+            pickled = cloudpickle.dumps(environments)  # pickle refuses local functions
+        except Exception:  # simulators written in C, windows, worker processes
+            return None
+        if b"_ezpickle_args" in pickled:
+            return (
+                None  # Gymnasium's EzPickle keeps how one was made, not how it stands
+            )
+        return pickled
+
+    def write(self, checkpoint):
+        """Write the file whole or not at all, even if the machine dies meanwhile."""
+        buffer = io.BytesIO()  # torch would not say that a disk is full
+        torch.save(checkpoint, buffer)
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise RunEnded(
+                f"cannot save {self.path} (one saved before is still whole): {error}",
+                exit_code=1,
+            ) from error
 
 
-def save_checkpoint(folder, checkpoint):  # whole or not at all; exit code 1: it cannot be written
-    torch.save(checkpoint, buffer := io.BytesIO())  # not to the file, as torch would not say that a disk is full
-    try:
-        with open(folder / "checkpoint.tmp", "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file)  # down to the disk, before it takes the place of the last one
-        os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
-    except OSError as error:
-        fail(f"cannot save {folder}/checkpoint.pt (one saved before is still whole): {error}", 1)
+def program_of(agent):
+    """The name of the program that defines the agent, which evaluate.py asks for."""
+    module = sys.modules[type(agent).__module__]
+    return Path(getattr(module, "__file__", "ppo.py")).stem
+
+
+def get_random_states():
+    kind, keys, *rest = np.random.get_state()
+    states = {
+        "random": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states):
+    random.setstate(states["random"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def find_run(name):
+    """The folder of a run, given as such, as its checkpoint.pt, or as "newest"."""
+    if name != "newest":
+        path = Path(name)
+        return str(path.parent if path.name == "checkpoint.pt" else path)
+    paths = list(Path("runs").glob("*/checkpoint.pt"))
+    if not paths:
+        raise RunEnded("there is no run to go on with: runs/ holds no checkpoint.pt")
+    return str(max(paths, key=os.path.getmtime).parent)
 
 
 def load_checkpoint(folder):
-    """The folder and what save_checkpoint wrote to it, read without running code that a stranger may have put there; of
-    the newest one, where a pattern fits several. Exit code 2: it cannot be read."""
-    pattern = os.path.join(folder.removesuffix("checkpoint.pt"), "checkpoint.pt")
-    path = max(glob.glob(pattern), key=os.path.getmtime, default=pattern)
+    """Read what was saved, without running code that a stranger may have put there."""
+    path = Path(folder, "checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["args"]["env_id"]
-        keys = "args program update wandb_id agent optimizer processes"
-        return os.path.dirname(path) or ".", {key: checkpoint[key] for key in keys.split()}
+        version = checkpoint.get("version")
+    except FileNotFoundError as error:
+        raise RunEnded(f"there is no {path}") from error
     except Exception as error:  # a file can be wrong in many ways
-        fail(f"{path} is not a whole checkpoint of ppo.py: {type(error).__name__}")
+        problem = type(error).__name__
+        raise RunEnded(f"{path} is not a whole checkpoint: {problem}") from error
+    if version != CHECKPOINT_VERSION:
+        raise RunEnded(f"{path} was saved by another version of this program")
+    return checkpoint
+
+
+# The program
 
 
 def main(argv=None, make_envs=make_envs, Agent=Agent, **defaults):
-    """Train as the flags say; a variant gives its own environments, agent and defaults of the flags."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
-    args = parse_args(argv, **defaults)
+    """Train as the flags say, and return the agent.
+
+    A variant passes its own environments, agent and defaults of the flags.
+    """
+    try:
+        args = parse_args(argv, **defaults)
+    except RunEnded as ended:
+        exit_with(ended)
     try:
         return train(args, make_envs, Agent)
-    except (OSError, MemoryError, UnicodeError) as error:  # such as a full disk, or a batch of a billion steps
-        fail(str(error) or repr(error), 2 if isinstance(error, UnicodeError) else 1)
+    except RunEnded as ended:
+        exit_with(ended)
+    except (Exception, SystemExit) as error:
+        # An error of the environment, or a bug of ours. An environment that calls
+        # sys.exit() has broken the run, too, and the exit code has to tell.
+        traceback.print_exc()
+        print(getattr(error, "how_to_go_on", "The run did not begin."), file=sys.stderr)
+        sys.exit(1)
+
+
+def exit_with(ended):
+    if ended.exit_code < 128:  # the logger has spoken of a stop already
+        print(f"error: {ended}", file=sys.stderr)
+    sys.exit(ended.exit_code)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def train(args):
     torch.set_num_threads(args.num_threads)
     envs = gym.vector.SyncVectorEnv(
         [
-            lambda i=i: gym.wrappers.RecordEpisodeStatistics(ppo.make_env(args, args.seed + i)())
+            lambda: gym.wrappers.RecordEpisodeStatistics(ppo.make_env(args))
             for i in range(args.num_envs)
         ],
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,

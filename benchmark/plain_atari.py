@@ -1,5 +1,5 @@
 """A plain PPO for Atari games, as one first writes it down: ale-py's batch as it is, lives and points counted by hand.
-variants/atari.py must give the same episodes and the same parameters."""
+ppo_atari.py must give the same episodes and the same parameters."""
 
 import random
 import sys
@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.distributions import Categorical
 
 import ppo
-from variants.atari import DEFAULTS
+from ppo_atari import DEFAULTS
 
 
 class Agent(nn.Module):

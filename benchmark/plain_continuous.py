@@ -1,5 +1,5 @@
 """A plain PPO for continuous actions, as one first writes it down: no vector environments, no wrappers, every statistic
-by hand. variants/continuous_action.py must give the same episodes and the same parameters."""
+by hand. ppo_continuous_action.py must give the same episodes and the same parameters."""
 
 import random
 import sys
@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.distributions import Normal
 
 import ppo
-from variants.continuous_action import DEFAULTS
+from ppo_continuous_action import DEFAULTS
 
 
 class Agent(nn.Module):
