@@ -4,27 +4,39 @@
     python ppo.py --env-id Acrobot-v1 --total-timesteps 500000 --track
     tensorboard --logdir runs
 
-PPO learns by trial and error, in two phases that take turns. In the rollout, the
-current policy plays num_steps steps in each of num_envs environments. In the
-update, the agent learns from these steps. Playing is costly, so it goes over them
-several times, and the loss is clipped so that nothing is gained by moving far away
-from the policy that played. Then the steps are thrown away, and the better policy
-plays new ones.
+An agent plays, and learns from how it went. Its actor is the policy pi(a|s), which
+gives the probability of action a in state s. Its critic is the value function V(s),
+which estimates the return from s onward: the sum of the rewards to come, where later
+rewards count less, by a discount gamma per step. The advantage A of an action tells by
+how much it turned out better than V(s).
 
-Part one of the file is the algorithm. First come the flags, the environments and
-the agent. Then train() tells the whole story on two pages, and the functions that it
-calls follow in the order of the calls. Part two is the run: the types of flags,
-worker processes, signals, torchrun, logs and checkpoints. You may stop before it.
+The policy gradient is A * grad log pi(a|s). Following it makes good actions likelier
+and bad ones rarer, and so the expected return grows (Williams 1992; Sutton et al.
+2000). But it is right only for the policy that played.
 
-Eleven implementation details make PPO work, and each is explained where it happens.
-Search for "Detail 5", for example:
+PPO therefore repeats two phases. In the rollout, the current policy plays num_steps
+steps in each of num_envs environments. In the update, the agent learns from these
+steps. Since playing is costly, it goes through them several times, and the loss is
+clipped so that nothing is gained by moving far away from the policy that played. Then
+the steps are thrown away, and the updated policy plays new ones.
 
-    1. vectorized environments              7. advantage normalization
-    2. orthogonal initialization            8. clipped policy objective
-    3. Adam's epsilon                       9. clipped value loss
-    4. learning rate annealing             10. overall loss with an entropy bonus
-    5. generalized advantage estimation    11. global gradient clipping
-    6. minibatches                         Bonus: early stopping by the KL divergence
+Part one of this file is the algorithm. First come the flags, the environments and the
+agent. Then train() tells the whole story, and the three functions below it are its
+parts. Any other name that you meet is in part two, which is the run: the types of
+flags, worker processes, signals, torchrun, logs and checkpoints. You may stop before
+it.
+
+Eleven implementation details belong to PPO as most people use it. Some of them are the
+algorithm, and others are habits of the original code. Each is explained where it
+happens, with its source. Search for "Detail 5:", for example.
+
+    1. vectorized environments           8. clipped policy objective
+    2. orthogonal initialization         9. clipped value loss
+    3. Adam's epsilon                   10. overall loss with an entropy bonus
+    4. learning rate annealing          11. global gradient clipping
+    5. generalized advantage estimation
+    6. minibatches                      Debug variables
+    7. advantage normalization          Bonus: early stopping
 
 Sources, by the names that the comments use:
 
@@ -79,50 +91,68 @@ from tqdm import tqdm
 
 
 def parse_args(argv=None, **defaults):
-    """Read the flags; ``defaults`` take the place of the values that stand here.
+    """Read the flags. ``defaults`` override the values below, as variants do.
 
-    What follows from the flags is added, such as batch_size = num_envs * num_steps and
-    num_updates. Raises RunEnded if a flag is wrong.
+    Values that follow from the flags are added, such as batch_size and num_updates.
+    Raises RunEnded if a flag is wrong.
     """
     parser = ArgumentParser()
 
-    add = parser.add_argument_group("the run").add_argument
-    add("--exp-name", default=Path(__file__).stem, help="name of the experiment")
-    add("--env-id", "--gym-id", default="CartPole-v1", help="id, or module:Id")
-    add("--total-timesteps", type=positive_int, default=25000, help="in all")
-    add("--seed", type=whole_number, default=1, help="of all random numbers")
-    add("--torch-deterministic", action=Switch, default=True, help="where torch can")
-    add("--cuda", action=Switch, default=True, help="use a GPU if there is one")
-    add("--num-threads", type=positive_int, default=1, help="of torch on the CPU")
-    add("--track", action=Switch, default=False, help="log to Weights & Biases, too")
-    add("--wandb-project-name", default="cleanrl", help="project in Weights & Biases")
-    add("--wandb-entity", type=optional(str), default=None, help="user or team there")
-    add("--capture-video", action=Switch, default=False, help="record to videos/")
-    add("--checkpoint-interval", type=amount, default=60, help="in seconds; 0 for none")
-    add("--resume", nargs="?", const="newest", help="go on with this folder of runs/")
-
-    add = parser.add_argument_group("the data").add_argument
-    add("--num-envs", type=positive_int, default=4, help="stepped together")
-    modes = ["sync", "async", "vector_entry_point"]
-    add("--vectorization-mode", choices=modes, default="sync", help="how")
-    add("--num-steps", type=positive_int, default=128, help="of each, in a rollout")
-    add("--gamma", type=fraction, default=0.99, help="discount of rewards, per step")
-    add("--gae", action=Switch, default=True, help="off: --gae-lambda counts as 1")
+    add = parser.add_argument_group("the rollout").add_argument
+    add("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id or module:Id")
+    add(
+        "--total-timesteps",
+        type=positive_int,
+        default=25000,
+        help="steps of all environments together",
+    )
+    add("--num-envs", type=positive_int, default=4, help="number of environments")
+    add("--num-steps", type=positive_int, default=128, help="steps of each per rollout")
+    add("--gamma", type=fraction, default=0.99, help="discount per step")
     add("--gae-lambda", type=fraction, default=0.95, help="0: most bias; 1: most noise")
-    add("--bootstrap-truncation", action=Switch, default=False, help="see below")
+    add("--gae", action=Switch, default=True, help="--no-gae is --gae-lambda 1")
+    add(
+        "--bootstrap-truncation",
+        action=Switch,
+        default=False,
+        help="time limits cut an episode off instead of ending it",
+    )
 
     add = parser.add_argument_group("the update").add_argument
     add("--learning-rate", type=amount, default=2.5e-4, help="step size of Adam")
     add("--anneal-lr", action=Switch, default=True, help="lower it linearly towards 0")
     add("--update-epochs", type=positive_int, default=4, help="passes over each batch")
-    add("--num-minibatches", type=positive_int, default=4, help="parts of a batch")
+    add("--num-minibatches", type=positive_int, default=4, help="parts of each batch")
     add("--norm-adv", action=Switch, default=True, help="normalize advantages")
     add("--clip-coef", type=amount, default=0.2, help="epsilon of the clipped losses")
     add("--clip-vloss", action=Switch, default=True, help="clip the value loss, too")
     add("--ent-coef", type=amount, default=0.01, help="weight of the entropy bonus")
     add("--vf-coef", type=amount, default=0.5, help="weight of the value loss")
     add("--max-grad-norm", type=amount, default=0.5, help="longest gradient allowed")
-    add("--target-kl", type=optional(amount), default=None, help="0.015 is usual")
+    add("--target-kl", type=optional(amount), default=None, help="KL to stop early at")
+
+    add = parser.add_argument_group("the run").add_argument
+    add("--exp-name", default=Path(__file__).stem, help="name of the experiment")
+    add("--seed", type=whole_number, default=1, help="seed of all random numbers")
+    add(
+        "--torch-deterministic", action=Switch, default=True, help="as far as torch can"
+    )
+    add("--cuda", action=Switch, default=True, help="use a GPU if there is one")
+    add("--num-threads", type=positive_int, default=1, help="threads of torch on a CPU")
+    add(
+        "--vectorization-mode",
+        choices=["sync", "async", "vector_entry_point"],
+        default="sync",
+        help="environments run in turn, in processes, or in a batch of their own",
+    )
+    add("--track", action=Switch, default=False, help="log to Weights & Biases, too")
+    add("--wandb-project-name", default="cleanrl", help="project in Weights & Biases")
+    add("--wandb-entity", type=optional(str), default=None, help="user or team there")
+    add("--capture-video", action=Switch, default=False, help="record to videos/")
+    add("--checkpoint-interval", type=amount, default=60, help="seconds, or 0 for none")
+    add(
+        "--resume", nargs="?", const="newest", help="folder of a run, or the newest run"
+    )
 
     parser.set_defaults(**defaults)
     return complete(parser, argv)
@@ -136,24 +166,18 @@ def make_env(args, render_mode=None):
 
 
 def make_envs(args, seed, video=None, render_mode=None):
-    """Make args.local_num_envs environments, which are then stepped as one.
+    """Make args.local_num_envs environments that are stepped together, as one.
 
-    ``video`` are options of RecordVideo if the first environment is to be recorded. The
-    infos of the result hold the return "r" and the length "l" of each episode that has
-    ended, under "episode_statistics". Raises RunEnded if there is no such environment,
-    or if its actions or observations do not suit this program.
+    ``video`` holds options of RecordVideo if the first environment is to be recorded.
+    The infos of the result hold the return "r" and the length "l" of each episode that
+    has ended, under STATISTICS. Raises RunEnded if there is no such environment, or if
+    its actions or observations do not suit this program.
     """
     # Detail 1: vectorized environments. N environments are stepped together, so one
-    # pass through the networks chooses N actions. It also makes the data more varied:
-    # the steps of one environment resemble each other, those of N independent ones
-    # do so much less. ([A3C]; [PPO] algorithm 1)
-    #
-    # When an episode ends, its environment is reset at once and begins another. There
-    # are two ways. In SAME_STEP mode, the step that ends an episode also resets: it
-    # returns the first observation of the next episode, and the last one of the old
-    # episode is in infos["final_obs"]. In NEXT_STEP mode, it returns the last
-    # observation, and the next step ignores the action and only resets. Some batched
-    # environments know only this mode; train() does not learn from such steps.
+    # pass through the network chooses N actions. The data become more varied, too:
+    # consecutive steps of one environment are much alike, and steps of independent
+    # environments are not. Whenever an episode ends, the next one begins by itself.
+    # ([A3C] was first to learn from many environments at once; [PPO] algorithm 1)
     same_step = AutoresetMode.SAME_STEP
     envs = vectorize(make_env, args, seed, same_step, video, render_mode)
     check_spaces(args, envs)
@@ -161,16 +185,25 @@ def make_envs(args, seed, video=None, render_mode=None):
 
 
 def resets_in_same_step(envs):
+    """Tell which of two ways the environments have to begin the next episode.
+
+    SAME_STEP: the step that ends an episode also resets. It returns the first
+    observation of the next episode, and infos["final_obs"] holds the last one of the
+    old episode. NEXT_STEP, the only way of some batched environments: the step that
+    ends an episode returns its last observation. The next step ignores the action, and
+    only resets, so there is nothing to learn from it.
+    """
     return envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
 
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
     """Initialize a layer in place, and return it."""
-    # Detail 2: orthogonal initialization. An orthogonal matrix keeps the length of what
-    # it multiplies, so at first signals and gradients neither vanish nor explode on
-    # their way through the layers (Saxe et al. 2014, arXiv:1312.6120). The factor
-    # sqrt(2) makes up for a ReLU, which cuts off half of the squared length (He et al.
-    # 2015, arXiv:1502.01852). With tanh it is a habit that stems from [baselines].
+    # Detail 2: orthogonal initialization. A square orthogonal matrix keeps the length
+    # of what it multiplies, so at first signals and gradients neither vanish nor
+    # explode on their way through the layers (Saxe et al. 2014, arXiv:1312.6120). The
+    # factor sqrt(2) makes up for a ReLU, which cuts off half of the squared length (He
+    # et al. 2015, arXiv:1502.01852). With tanh it is a habit that stems from
+    # [baselines].
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -179,8 +212,8 @@ def layer_init(layer, std=2**0.5, bias_const=0.0):
 class Agent(nn.Module):
     """Two networks, the critic and the actor.
 
-    The critic estimates V(s), the discounted sum of the rewards to be expected from the
-    state s on. The actor gives pi(a|s), the probability of each action a, as logits.
+    The critic estimates V(s). The actor gives the policy pi(a|s), as one logit for each
+    action.
     """
 
     def __init__(self, envs):
@@ -212,8 +245,13 @@ class Agent(nn.Module):
         """obs: (batch, obs_dim). Returns V(s): (batch,)."""
         return self.critic(obs.float()).squeeze(-1)
 
+    def get_policy(self, obs):
+        """obs: (batch, obs_dim). Returns the distribution pi(.|s)."""
+        logits = self.actor(obs.float())
+        return Categorical(logits=logits, validate_args=False)  # checks cost time
+
     def get_action(self, obs):
-        """Draw an action for each observation, as the rollout needs it.
+        """Draw actions, for the rollout.
 
         obs: (batch, obs_dim). Returns the actions and log pi(a|s): (batch,) each.
         """
@@ -222,7 +260,7 @@ class Agent(nn.Module):
         return action, policy.log_prob(action)
 
     def evaluate_actions(self, obs, action):
-        """Look at given actions again, as the update needs it.
+        """Score actions that were taken, for the update.
 
         obs: (batch, obs_dim), action: (batch,). Returns log pi(a|s), the entropy of
         pi(.|s) in nats, and V(s): (batch,) each.
@@ -230,61 +268,44 @@ class Agent(nn.Module):
         policy = self.get_policy(obs)
         return policy.log_prob(action), policy.entropy(), self.get_value(obs)
 
-    def get_policy(self, obs):
-        logits = self.actor(obs.float())
-        return Categorical(logits=logits, validate_args=False)
-
 
 def train(args, make_envs=make_envs, Agent=Agent):
     """Train an agent as the flags say, and return it.
 
     Finished episodes are printed. Curves and checkpoints go to runs/<run name>. Raises
-    RunEnded if the run cannot begin, if it diverges, or if a signal stops it; errors of
-    an environment come through as they are.
+    RunEnded if the run cannot begin, if it diverges, or if a signal stops it. Errors of
+    an environment are not caught.
     """
-    device = set_up_torch(args)
-    seed_generators(args.seed + args.rank)
+    device = set_up(args)
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    first_step = checkpoint["global_step"] if checkpoint else 0
-    run_folder, video_folder = choose_folders(args, first_step)
+    run_folder, video_folder = choose_folders(args)
 
-    # Environment i of all processes gets seed + i. A resumed run that cannot go on with
-    # its old environments plays new episodes, not those of its beginning once more.
-    seed = args.seed + args.rank * args.local_num_envs + first_step
-
-    # These four belong to part two. They notice signals that ask the run to stop, open
+    # Part two takes care of these. They notice signals that ask the run to stop, open
     # the environments and close them at the end, connect the processes of torchrun if
     # there are several, and write the logs.
     with (
         StopSignals() as stop,
-        open_envs(args, make_envs, seed, video_folder, checkpoint) as (envs, last_step),
+        open_envs(args, make_envs, video_folder, checkpoint) as (envs, last_step),
         process_group(args, device),
         Logger(args, envs, run_folder, video_folder, checkpoint) as log,
     ):
         agent = Agent(envs).to(device)
 
         # Detail 3: Adam's epsilon. A step of Adam is lr * m / (sqrt(v) + eps), where m
-        # and v are running means of the gradient and of its square. So eps decides how
-        # far to go where v is tiny. Such gradients are mostly noise, we think, and
-        # eps = 1e-5 keeps their steps smaller than PyTorch's 1e-8 does. ([baselines])
+        # and v are running means of a parameter's gradient and of its square. So eps
+        # makes steps smaller where gradients are tiny, around eps or below. PyTorch's
+        # default is 1e-8. [baselines] has 1e-5 and gives no reason; our guess is that
+        # gradients so tiny are mostly noise.
         optimizer = torch.optim.Adam(
             agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True
         )
 
-        if checkpoint:
-            agent.load_state_dict(checkpoint["agent"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        copy_to_all_processes(agent)
-
-        if last_step:  # the environments go on where the checkpoint left them
-            next_obs, next_done = last_step
-        else:
-            next_obs, _ = envs.reset(seed=seed)
-            next_done = np.zeros(args.local_num_envs, dtype=bool)
-        if checkpoint:
-            set_random_states(checkpoint["random_states"][args.rank])
-        if checkpoint and not last_step:
-            log.say("note: the environments could not be kept, so new episodes begin")
+        # A new run resets the environments here. A resumed run also restores all that
+        # its checkpoint holds.
+        next_obs, next_done = begin(args, envs, agent, optimizer, checkpoint, last_step)
+        checkpoints = Checkpoints(args, run_folder)
+        global_step = args.first_step
+        stop_signal = 0
 
         # The data of a rollout of T steps in N environments. The extra row T is for the
         # observation that the last step leads to:
@@ -294,10 +315,10 @@ def train(args, make_envs=make_envs, Agent=Agent):
         #             logprobs[0]                        logprobs[T-1]
         #             rewards[0]                         rewards[T-1]
         #
-        # dones[t] belongs to obs[t], not to the action that follows it: it is 1 where
-        # obs[t] comes after the end of an episode.
+        # dones[t] belongs to obs[t], not to the action that follows it: it is 1 if the
+        # step that led to obs[t] ended an episode.
         T = args.num_steps
-        N = args.local_num_envs
+        N = args.local_num_envs  # of this process: all of them, without torchrun
         obs_shape = envs.single_observation_space.shape
         obs_dtype = torch.as_tensor(next_obs).dtype
         action_shape = envs.single_action_space.shape
@@ -308,19 +329,16 @@ def train(args, make_envs=make_envs, Agent=Agent):
         logprobs = torch.zeros((T, N), device=device)
         rewards = torch.zeros((T, N), device=device)
 
-        checkpoints = Checkpoints(args, run_folder)
-        global_step = first_step
-        stop_signal = 0
-        for iteration in range(first_step // args.batch_size + 1, args.num_updates + 1):
-            # Detail 4: learning rate annealing. Steps are large at first, to get ahead.
-            # They become smaller in a straight line towards 0, to settle on what was
-            # found. ([PPO] table 5)
+        first_iteration = global_step // args.batch_size + 1
+        for iteration in range(first_iteration, args.num_updates + 1):
+            # Detail 4: learning rate annealing. Large steps come first, for fast
+            # progress. They become smaller in a straight line towards 0, so that in the
+            # end the policy settles. ([PPO] table 5)
             if args.anneal_lr:
                 frac = 1 - (iteration - 1) / args.num_updates
                 optimizer.param_groups[0]["lr"] = frac * args.learning_rate
 
-            # The rollout. The environments overwrite next_obs in their next step, so
-            # whoever needs an old observation takes it from obs.
+            # The rollout. The next step overwrites next_obs, and obs keeps a copy.
             for step in range(T):
                 global_step += args.num_envs
                 obs[step] = torch.as_tensor(next_obs)
@@ -329,8 +347,10 @@ def train(args, make_envs=make_envs, Agent=Agent):
                 with torch.no_grad(), explain_nan(args, obs[step]):
                     action, logprob = agent.get_action(obs[step])
                 actions[step] = action
-                logprobs[step] = logprob
+                logprobs[step] = logprob  # for the ratio in Detail 8
 
+                # A termination is a real end: the pole fell. A truncation is a time
+                # limit: the pole still stood.
                 next_obs, reward, terminations, truncations, infos = envs.step(
                     action.cpu().numpy()
                 )
@@ -345,8 +365,8 @@ def train(args, make_envs=make_envs, Agent=Agent):
             obs[T] = torch.as_tensor(next_obs)
             dones[T] = torch.as_tensor(next_done)
 
-            # Playing needs no critic, so it values the whole rollout afterwards, in one
-            # call. The value of obs[T] stands for all that comes after the rollout.
+            # Playing needs no critic, so the critic rates the whole rollout afterwards,
+            # in one call. V of obs[T] stands for all that comes after the rollout.
             with torch.no_grad():
                 values = agent.get_value(obs.flatten(0, 1)).view(T + 1, N)
             gae_lambda = args.gae_lambda if args.gae else 1.0
@@ -354,12 +374,12 @@ def train(args, make_envs=make_envs, Agent=Agent):
                 rewards, values, dones, args.gamma, gae_lambda
             )
 
-            # All steps are learned from but those that only reset an environment.
+            # Learn from all steps but those that only reset an environment.
             b_inds = np.arange(T * N)
             if not resets_in_same_step(envs):
                 b_inds = b_inds[dones[:T].flatten().cpu().numpy() == 0]
 
-            # Time and environments become one dimension, of length T * N: the batch.
+            # The batch (b_): time and environments become one dimension of T * N steps.
             stats = update(
                 args,
                 agent,
@@ -379,7 +399,6 @@ def train(args, make_envs=make_envs, Agent=Agent):
             stop_signal = max_over_processes(stop.received)
             is_last = iteration == args.num_updates or stop_signal > 0
             if checkpoints.due(is_last):
-                log.flush()
                 checkpoints.save(
                     agent=agent,
                     optimizer=optimizer,
@@ -399,13 +418,13 @@ def train(args, make_envs=make_envs, Agent=Agent):
 def value_cut_off(agent, envs, next_obs, cut_off, infos):
     """V of the last observation where a time limit cut an episode off, elsewhere 0.
 
-    cut_off: a mask of shape (num_envs,), as is the result.
+    cut_off: a mask of shape (num_envs,). The result has the same shape.
     """
-    # An episode that a time limit cuts off would have gone on, and brought more reward.
+    # An episode that a time limit cuts off would have gone on and brought more reward.
     # By default it counts as over all the same, as in [baselines]. With
-    # --bootstrap-truncation, gamma * V of its last observation, the value of what was
-    # lost, is added to its last reward. That is enough, because compute_advantages()
-    # lets nothing that comes after an end count. (Pardo et al. 2018, arXiv:1712.00378)
+    # --bootstrap-truncation, what was lost is added to its last reward: gamma * V of
+    # its last observation. That is enough, because compute_advantages() ignores
+    # everything that comes after an end. (Pardo et al. 2018, arXiv:1712.00378)
     device = next(agent.parameters()).device
     values = torch.zeros(len(cut_off), device=device)
     if cut_off.any():
@@ -420,46 +439,47 @@ def value_cut_off(agent, envs, next_obs, cut_off, infos):
 
 
 def compute_advantages(rewards, values, dones, gamma, gae_lambda):
-    """Compute by how much each action turned out better than the critic expected.
+    """Compute advantages and returns.
 
     rewards: (num_steps, num_envs). values and dones: (num_steps + 1, num_envs), where
-    the last row belongs to the observation that follows the rollout. Returns the
-    advantages and the returns, which the critic is to learn: (num_steps, num_envs).
-
-    Detail 5 is the sum A_t = delta_t + gamma * lambda * delta_{t+1} + ... Why there is
-    no bias with lambda = 1 shows in three steps, written with g for gamma. The values
-    in between cancel, and the rewards remain:
-
-        delta_0 + g * delta_1 + g^2 * delta_2
-            =   (r_0 + g * V_1 - V_0)
-            + g * (r_1 + g * V_2 - V_1)
-            + g^2 * (r_2 + g * V_3 - V_2)
-            = r_0 + g * r_1 + g^2 * r_2 + g^3 * V_3 - V_0
+    the last row belongs to the observation after the rollout. Returns the advantages
+    and the returns, which are the critic's targets: (num_steps, num_envs) each.
     """
-    # Detail 5: generalized advantage estimation. delta_t = r_t + gamma * V(s_{t+1}) -
-    # V(s_t) compares what the critic expected with what one step has shown. GAE adds
-    # the later ones, with weights that shrink by gamma * lambda per step:
+    # Detail 5: generalized advantage estimation. delta compares what the critic
+    # expected with what one step has shown, and GAE adds the later ones, with smaller
+    # weights:
     #
+    #     delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
     #     A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * ...
     #
-    # With lambda = 0, only delta_t counts. It depends on little chance (low variance),
-    # but on all errors of the critic (bias). With lambda = 1 all rewards to come count,
-    # and so does all their chance, but hardly any error. ([GAE] equations 16 to 18)
+    # With lambda = 0, only delta_t counts. One step has little randomness (low
+    # variance), but V(s_{t+1}) brings in all the critic's errors (bias). With
+    # lambda = 1, the values in between cancel. Three steps show it, with g for gamma:
     #
-    # An episode's end ends the sum, because the rewards after it belong to another
-    # episode, and V counts as 0 there. The end of the rollout ends it, too, but there
-    # V stands for all that is still to come, even with lambda = 1.
+    #     A_0 =       (r_0 + g * V_1 - V_0)
+    #           + g * (r_1 + g * V_2 - V_1)
+    #         + g^2 * (r_2 + g * V_3 - V_2)
+    #         = r_0 + g * r_1 + g^2 * r_2 + g^3 * V_3 - V_0
+    #
+    # Now all the randomness of the rewards counts, but hardly an error of the critic.
+    # It enters through V_3, at the end of the rollout, with a small weight. V_0 brings
+    # no bias: it is the same for all actions, so on average it does not change the
+    # policy gradient, and only makes it less noisy. ([GAE] equations 16 to 18)
+    #
+    # The sum stops at the end of an episode, where V counts as 0, because what follows
+    # belongs to another episode. It also stops at the end of the rollout, but there V
+    # stands for all that is still to come.
     continues = 1.0 - dones[1:]  # 0 where the step ended an episode
     deltas = rewards + gamma * values[1:] * continues - values[:-1]
 
     advantages = torch.zeros_like(rewards)
-    next_advantage = 0.0
+    advantage = 0.0  # of the step after t, then of step t
     for t in reversed(range(len(rewards))):
-        next_advantage = deltas[t] + gamma * gae_lambda * continues[t] * next_advantage
-        advantages[t] = next_advantage
+        advantage = deltas[t] + gamma * gae_lambda * continues[t] * advantage
+        advantages[t] = advantage
 
-    # The critic is to learn what it expected plus by how much that was wrong.
-    # ([baselines]; it is known as the lambda-return.)
+    # The critic's target is its old value plus the advantage, which is known as the
+    # lambda-return. ([baselines])
     returns = advantages + values[:-1]
     return advantages, returns
 
@@ -476,30 +496,17 @@ def update(
     b_returns,
     b_values,
 ):
-    """Let the agent learn from one batch, and return what is to be logged.
+    """Let the agent learn from one batch.
 
-    b_inds: the numbers of the samples to learn from, a numpy array that is shuffled in
+    b_inds: indices of the samples to learn from, a numpy array that is shuffled in
     place. The others: (batch_size, ...), as they were after the rollout. Returns
-    {name: number}.
-
-    Detail 8, the clipped policy objective, has four cases. For clip_coef = 0.2:
-
-        advantage   ratio       loss            what the gradient does
-        positive    up to 1.2   -A * ratio      makes the action likelier
-        positive    above 1.2   -A * 1.2        nothing; it has become likely enough
-        negative    above 0.8   -A * ratio      makes the action less likely
-        negative    below 0.8   -A * 0.8        nothing; it has become rare enough
-
-    An example: A = 2 and ratio = 1.5. The two losses are -3 without clipping and -2.4
-    with it. The larger one counts, -2.4, and it does not change with the ratio. But if
-    the same action has become rare, with ratio = 0.5, the losses are -1 and -1.6. Again
-    the larger one counts, -1, and its gradient pulls the action back up.
+    {name: number}, of the last minibatch if nothing else is said.
     """
     clipfracs = []
     for _ in range(args.update_epochs):
         # Detail 6: minibatches. In each epoch the batch is dealt into new random
-        # minibatches, and each makes one gradient step. Many noisy steps get further
-        # than one exact step, and every sample counts once per epoch. ([PPO]
+        # minibatches (mb_), and each makes one gradient step. Many noisy steps get
+        # further than one exact step, and every sample counts once per epoch. ([PPO]
         # algorithm 1)
         np.random.shuffle(b_inds)
         minibatches = torch.as_tensor(b_inds, device=b_obs.device)
@@ -507,29 +514,44 @@ def update(
             newlogprob, entropy, newvalue = agent.evaluate_actions(
                 b_obs[mb_inds], b_actions[mb_inds]
             )
-            # pi_new(a|s) / pi_old(a|s), which is 1 until the policy has changed
+
+            # The ratio is pi_new(a|s) / pi_old(a|s), which is 1 until the policy
+            # changes. The old policy drew the actions, so one that is now twice as
+            # likely has to count twice. (This is known as importance sampling.)
             logratio = newlogprob - b_logprobs[mb_inds]
             ratio = logratio.exp()
 
-            # Detail 7: advantage normalization. The mean of the minibatch's advantages
-            # becomes 0 and their standard deviation 1. So the scale of the rewards is
-            # divided out of the policy loss, and the same learning rate suits many
-            # tasks. About half of the actions are encouraged. ([baselines])
+            # Detail 7: advantage normalization. The mean becomes 0 and the standard
+            # deviation 1. So rewards of any scale give a policy loss of the same size,
+            # beside the entropy bonus and the limit of Detail 11, whose sizes are
+            # fixed. Subtracting the mean changes nothing on average, as with V_0 in
+            # Detail 5. That it is done for each minibatch is a habit. ([baselines])
             mb_advantages = b_advantages[mb_inds]
             if args.norm_adv:
-                mean, std = mb_advantages.mean(), mb_advantages.std()
+                mean = mb_advantages.mean()
+                std = mb_advantages.std()
                 mb_advantages = (mb_advantages - mean) / (std + 1e-8)
 
-            # Detail 8: clipped policy objective. -A * ratio makes actions with A > 0
-            # likelier. Where the ratio is 1, its gradient is -A * grad log pi(a|s), the
-            # policy gradient. The ratio is there because the old policy drew the
-            # actions: one that is now twice as likely has to count twice.
+            # Detail 8: clipped policy objective. pg_loss1 falls when good actions become
+            # likelier and bad ones rarer. Where the ratio is 1, the gradient of this
+            # loss is -A * grad log pi(a|s), the policy gradient.
             #
-            # The advantages were measured under the old policy, so they mislead the
-            # further the new one moves away, and a ruined policy collects the next
-            # batch. Therefore the loss is flat beyond the clip range. Taking the larger
-            # of the two losses is pessimistic: clipping may take a gain away, but it
-            # never hides a harm. The docstring shows the cases. ([PPO] equation 7)
+            # But the advantages were measured under the old policy. The further the new
+            # one moves away, the more they mislead. And a policy that was ruined would
+            # have to collect the next batch. So pg_loss2 stops falling once the ratio
+            # has left 1 +- clip_coef, and the larger one of the two counts. If
+            # clip_coef is 0.2, the gradient does this:
+            #
+            #     A > 0, ratio up to 1.2:  it makes the action likelier
+            #     A > 0, ratio above 1.2:  nothing, the action is likely enough
+            #     A < 0, ratio above 0.8:  it makes the action rarer
+            #     A < 0, ratio below 0.8:  nothing, the action is rare enough
+            #
+            # The larger loss is the pessimistic choice: clipping may take away a gain,
+            # but it never hides a harm. Let A be 2 and the ratio 0.5, as a good action
+            # has become rare. The losses are -1 and -1.6. The larger one is the one
+            # that is not clipped, and its gradient pulls the action back up. ([PPO]
+            # equation 7, in which a min of objectives is what is a max of losses here)
             pg_loss1 = -mb_advantages * ratio
             pg_loss2 = -mb_advantages * torch.clamp(
                 ratio, 1 - args.clip_coef, 1 + args.clip_coef
@@ -537,11 +559,14 @@ def update(
             pg_loss = torch.max(pg_loss1, pg_loss2).mean()
 
             # Detail 9: clipped value loss. It is meant to do the same for the critic:
-            # moving a value further than clip_coef away from the old one gains nothing,
-            # and again the larger loss counts. The range is in units of return. It is
-            # generous if returns are around 1 and tight if they are in the hundreds, as
-            # CartPole's are. ([baselines]; [PPO] does not have it.) Later studies found
-            # no use in it (Engstrom et al. 2020, arXiv:2005.12729) or harm ([Study]).
+            # to move a value further than clip_coef away from the old one gains
+            # nothing, and the larger loss counts. The range is in units of return. It
+            # is generous if returns are around 1, and tight for CartPole's, which go up
+            # to 100.
+            #
+            # It is on because [baselines] has it; [PPO] does not. One later study found
+            # no benefit in it (Engstrom et al. 2020, arXiv:2005.12729), and another
+            # found harm ([Study]). --no-clip-vloss switches it off.
             mb_returns = b_returns[mb_inds]
             v_loss = (newvalue - mb_returns) ** 2
             if args.clip_vloss:
@@ -557,27 +582,28 @@ def update(
             # all actions are equally likely, so the bonus keeps the policy from
             # settling on one too early. ([A3C]; [PPO] equation 9)
             #
-            # The weight of the value loss hardly matters here. Actor and critic share
-            # no layers, and Adam divides the scale of a gradient out of its steps. It
-            # matters where layers are shared.
-            entropy_loss = entropy.mean()
-            loss = pg_loss - args.ent_coef * entropy_loss + args.vf_coef * v_loss
+            # The weight of the value loss, vf_coef, matters most where actor and critic
+            # share layers. Here they do not, and Adam cancels a constant factor. So it
+            # acts only through Detail 11: the longer the critic's gradient, the more of
+            # the actor's is cut with it.
+            mean_entropy = entropy.mean()
+            loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
 
             # Debug variables
             with torch.no_grad():
                 # KL(pi_old || pi_new) tells how far the policy has moved, in nats. Both
-                # of these estimate it from r, the ratio. old_approx_kl is the mean of
-                # -log r; it is noisy, and may come out negative. approx_kl is the mean
-                # of (r - 1) - log r. Its expectation is the same, as r - 1 is 0 on
-                # average. But it varies less, and no sample of it is negative, up to
-                # rounding. (Schulman 2020, joschu.net/blog/kl-approx.html)
+                # of these estimate it. old_approx_kl, the mean of -log ratio, is how it
+                # was done at first; it is noisy, and may come out negative. approx_kl
+                # adds ratio - 1, whose expectation is 0, as all probabilities of the
+                # new policy add up to 1. It varies less, and no sample of it is
+                # negative. (Schulman 2020, joschu.net/blog/kl-approx.html)
                 old_approx_kl = (-logratio).mean()
                 approx_kl = ((ratio - 1) - logratio).mean()
 
                 # clipfrac is the share of samples beyond the clip range. ([baselines])
-                # Our rule of thumb: if both are near 0 early in a run, the policy
-                # hardly moves. Above 0.02 for approx_kl, or 0.2 for clipfrac, it moves
-                # too fast.
+                # Our rule of thumb: the policy hardly moves if approx_kl and clipfrac
+                # are near 0 early in a run. It moves too fast if approx_kl is above
+                # 0.02, or clipfrac above 0.2.
                 clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
                 clipfracs.append(clipfrac)
 
@@ -586,35 +612,39 @@ def update(
             average_gradients(agent)  # over the processes of torchrun, if there are any
 
             # Detail 11: global gradient clipping. The gradients of all parameters count
-            # as one long vector. If it is longer than max_grad_norm, it is shortened,
-            # and its direction stays. An outlier would otherwise make one step too far,
-            # and then linger in Adam's running means for many more. ([baselines]; the
-            # idea is from Pascanu et al. 2013, arXiv:1211.5063)
+            # as one long vector. If it is longer than max_grad_norm, it is shortened
+            # and keeps its direction. Otherwise an outlier would cause one step that is
+            # too large, and then linger in Adam's running means. On CartPole, where the
+            # critic's errors are large, it shortens 98 of 100 gradients. ([baselines];
+            # the idea is from Pascanu et al. 2013, arXiv:1211.5063)
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
 
-        # Bonus: early stopping. Clipping only takes away the gradient of samples beyond
-        # the range. The others still move the policy, as do the entropy bonus and
-        # Adam's running means. If approx_kl is above target_kl in the last minibatch of
-        # an epoch, the data are too old for another one. ([Huang])
+        # Bonus: early stopping. Clipping only takes away the gradient of some samples
+        # beyond the range. The others still move the policy, as do the entropy bonus
+        # and Adam's running means. If approx_kl of an epoch's last minibatch is above
+        # target_kl, the data are too old for another epoch. 0.015 is a common choice.
+        # ([Huang])
         if args.target_kl is not None:
             if mean_over_processes(approx_kl.item()) > args.target_kl:
                 break
 
-    # Explained variance is the share of the variance of the returns that the critic had
-    # foreseen when it played. 1 is perfect; at 0 or less, a constant would have done as
-    # well. It should rise, until a solved task leaves little to foresee. ([baselines])
+    # Explained variance: the share of the variance of the returns that the critic had
+    # predicted before the update. 1 is perfect, 0 is as good as a constant, and below 0
+    # is worse. It should rise at first. It may fall again in a solved task, where all
+    # returns are alike and little is left to predict. ([baselines])
     y_pred, y_true = b_values[b_inds], b_returns[b_inds]
     explained_variance = 1 - (y_true - y_pred).var() / y_true.var()
 
-    # policy_loss is no measure of progress: each batch has advantages of its own.
+    # policy_loss is no measure of progress: normalized advantages have mean 0 in each
+    # minibatch, so it starts near 0 again.
     return {
         "value_loss": v_loss.item(),
         "policy_loss": pg_loss.item(),
-        "entropy": entropy_loss.item(),
+        "entropy": mean_entropy.item(),
         "old_approx_kl": old_approx_kl.item(),
         "approx_kl": approx_kl.item(),
-        "clipfrac": torch.stack(clipfracs).mean().item(),
+        "clipfrac": torch.stack(clipfracs).mean().item(),  # of all minibatches
         "explained_variance": explained_variance.item(),
     }
 
@@ -723,10 +753,18 @@ def complete(parser, argv):
     """Read the flags, check those that depend on each other, and add what follows."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    checkpoint = None
     if args.resume:
-        args = parse_args_of_resumed_run(parser, argv, find_run(args.resume))
+        args.resume = find_run(args.resume)
+        checkpoint = load_checkpoint(args.resume)
+        args = parse_args_of_resumed_run(parser, argv, args.resume, checkpoint["args"])
+    args.first_step = checkpoint["global_step"] if checkpoint else 0
     add_processes(args)
     add_sizes(args)
+
+    # Environment i of all gets the seed env_seed + i. A resumed run whose environments
+    # could not be kept plays new episodes, instead of repeating its first ones.
+    args.env_seed = args.seed + args.rank * args.local_num_envs + args.first_step
     return args
 
 
@@ -770,31 +808,35 @@ def add_sizes(args):
         )
 
 
-def parse_args_of_resumed_run(parser, argv, folder):
-    """The flags of the run in this folder, of which only total_timesteps may change."""
-    saved = load_checkpoint(folder)["args"]
+def parse_args_of_resumed_run(parser, argv, folder, saved):
+    """Read the flags again, with those of the run in this folder as defaults.
+
+    Raises RunEnded if one has changed, unless total_timesteps has grown.
+    """
     was = {name: saved[name] for name in vars(parser.parse_args([]))}
     parser.set_defaults(**was)
     args = parser.parse_args(argv)
     args.resume = was["resume"] = folder
 
     changed = {name: was[name] for name in was if getattr(args, name) != was[name]}
-    grown_from = changed.pop("total_timesteps", args.total_timesteps)
-    if changed or args.total_timesteps < grown_from:
+    if args.total_timesteps > was["total_timesteps"]:
+        del changed["total_timesteps"]
+        if args.anneal_lr:
+            print(
+                f"note: annealed over {args.total_timesteps} steps now, the learning "
+                "rate goes on higher than it was"
+            )
+    if changed:
         raise RunEnded(
             "--resume keeps the flags of its run, of which only total_timesteps may "
-            f"grow. They were: {changed or {'total_timesteps': grown_from}}"
-        )
-    if args.total_timesteps > grown_from and args.anneal_lr:
-        print(
-            f"note: annealed over {args.total_timesteps} steps now, the learning rate "
-            "goes on higher than it was"
+            f"grow. They were: {changed}"
         )
     return args
 
 
-def set_up_torch(args):
-    """Set what is the same for the whole process, and return the device to use."""
+def set_up(args):
+    """Seed all random generators, set up torch, and return the device to use."""
+    seed_generators(args.seed + args.rank)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic CUDA
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads)
@@ -804,18 +846,19 @@ def set_up_torch(args):
 
 
 def seed_generators(seed):
+    """Seed the generators of Python, NumPy and PyTorch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def choose_folders(args, first_step):
-    """Return where the run's results go, and where its videos go, as paths."""
+def choose_folders(args):
+    """Return the folder of the run and the folder of its videos, as paths."""
     now = int(time.time())
     if args.resume:
         run_folder = Path(args.resume)
         name = run_folder.resolve().name
-        return run_folder, Path("videos", name, f"from-step-{first_step}__{now}")
+        return run_folder, Path("videos", name, f"from-step-{args.first_step}__{now}")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
     name = re.sub(r"[/\\:\s]", "-", name)
     return Path("runs", name), Path("videos", name)
@@ -944,24 +987,20 @@ def check_spaces(args, envs):
 
 
 @contextlib.contextmanager
-def open_envs(args, make_envs, seed, video_folder, checkpoint):
+def open_envs(args, make_envs, video_folder, checkpoint):
     """Open the environments, and close them at the end.
 
     Yields them with what their last step returned, (next_obs, next_done), or with None
-    if they are new and are yet to be reset.
+    if they are new and have to be reset.
     """
     video = None
     if args.capture_video and args.rank == 0:
         video = {"video_folder": str(video_folder)}
     not_ours = multiprocessing.active_children()
-    envs = None
+    envs, last_step = restore_envs(args, checkpoint) if checkpoint else (None, None)
     try:
-        restored = restore_envs(args, checkpoint)
-        if restored:
-            envs, *last_step = restored
-        else:
-            envs = make_envs(args, seed, video)
-            last_step = None
+        if envs is None:
+            envs = make_envs(args, args.env_seed, video)
         yield envs, last_step
     except BaseException:
         # Workers may hang, and they ignore the signal with which Gymnasium ends them.
@@ -977,16 +1016,16 @@ def open_envs(args, make_envs, seed, video_folder, checkpoint):
 
 
 def restore_envs(args, checkpoint):
-    """The environments as they stood, or None if they could not be kept."""
-    if checkpoint is None or checkpoint["environments"][args.rank] is None:
-        return None
-    if checkpoint["python"] != list(sys.version_info[:2]):
-        return None  # another version of Python may crash without a word
+    """Return the environments as they stood, and their last step, or None and None."""
     pickled = checkpoint["environments"][args.rank]
-    try:
-        return cloudpickle.loads(pickled)  # this runs code: resume no stranger's run
-    except Exception:  # the program, the environment or a library has changed
-        return None
+    same_python = checkpoint["python"] == list(sys.version_info[:2])
+    if pickled and same_python:  # another version may crash without a word
+        with contextlib.suppress(Exception):  # the program or a library has changed
+            envs, *last_step = cloudpickle.loads(pickled)  # this runs code
+            return envs, last_step
+    if args.rank == 0:
+        print("note: the environments could not be kept, so new episodes begin")
+    return None, None
 
 
 @contextlib.contextmanager
@@ -1139,10 +1178,9 @@ class Logger:
         self.run_folder = run_folder
         self.video_folder = video_folder
         self.is_silent = args.rank > 0
-        self.first_step = checkpoint["global_step"] if checkpoint else 0
-        self.global_step = self.first_step
-        self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
+        self.global_step = args.first_step
         self.wandb = None
+        self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
         self.logged_videos = set()
         self.last_returns = []
 
@@ -1155,10 +1193,12 @@ class Logger:
         if self.args.track:
             self.start_wandb()  # before the writer, so that it sees what that writes
         # Points that a killed run has logged after its checkpoint are hidden.
-        self.writer = SummaryWriter(self.run_folder, purge_step=self.first_step + 1)
+        self.writer = SummaryWriter(
+            self.run_folder, purge_step=self.args.first_step + 1
+        )
         self.bar = tqdm(
             total=self.args.num_updates * self.args.batch_size,
-            initial=self.first_step,
+            initial=self.args.first_step,
             unit="step",
             disable=not sys.stderr.isatty(),
         )
@@ -1232,13 +1272,13 @@ class Logger:
         self.add_scalar("charts/episodic_length", lengths.mean())
 
     def update(self, optimizer, stats):
-        """Log what update() returned, averaged over the processes of torchrun."""
+        """Log what the update returned, averaged over the processes of torchrun."""
         for name, number in stats.items():
             self.add_scalar(f"losses/{name}", mean_over_processes(number))
         if self.is_silent:
             return
         seconds = time.perf_counter() - self.start_time
-        steps_per_second = int((self.global_step - self.first_step) / seconds)
+        steps_per_second = int((self.global_step - self.args.first_step) / seconds)
         self.add_scalar("charts/SPS", steps_per_second)
         self.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"])
         if self.wandb and self.args.capture_video:
@@ -1247,7 +1287,9 @@ class Logger:
         mean_return = np.mean(self.last_returns) if self.last_returns else np.nan
         self.bar.set_postfix(mean_return=mean_return, refresh=False)
         self.bar.update(self.args.batch_size)
-        sys.stdout.flush()  # redirected output is complete up to this update
+        # What is printed and logged must never be behind a checkpoint that comes now.
+        sys.stdout.flush()
+        self.writer.flush()
 
     def videos(self):
         """Upload what has been recorded. W&B's own monitor_gym breaks Gymnasium 1.0."""
@@ -1263,10 +1305,6 @@ class Logger:
             how = f"to go on: the same command with --resume {self.run_folder}"
         total = self.args.total_timesteps
         self.say(f"stopped at step {self.global_step} of {total}; {how}")
-
-    def flush(self):
-        if not self.is_silent:
-            self.writer.flush()
 
     def __exit__(self, kind, error, trace):
         if self.is_silent:
@@ -1293,6 +1331,29 @@ class Logger:
 # Checkpoints
 
 CHECKPOINT_VERSION = 2
+
+
+def begin(args, envs, agent, optimizer, checkpoint, last_step):
+    """Restore what the checkpoint holds, if there is one, and reset new environments.
+
+    Returns the observations and the dones that the first step begins with.
+    """
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    copy_to_all_processes(agent)
+
+    if last_step:
+        next_obs, next_done = last_step
+    else:
+        # This has to come after the agent was restored, whose statistics may see it.
+        next_obs, _ = envs.reset(seed=args.env_seed)
+        next_done = np.zeros(args.local_num_envs, dtype=bool)
+
+    # This comes last, as all of the above may have drawn random numbers.
+    if checkpoint:
+        set_random_states(checkpoint["random_states"][args.rank])
+    return next_obs, next_done
 
 
 class Checkpoints:
