@@ -66,6 +66,7 @@ Sources, by the names that the comments use:
 # ///
 
 import argparse
+import collections
 import contextlib
 import io
 import multiprocessing
@@ -110,9 +111,7 @@ def parse_args(argv=None, **defaults):
         help="steps of all environments together",
     )
     add("--num-envs", type=positive_int, default=4, help="number of environments")
-    add(
-        "--num-steps", type=positive_int, default=128, help="steps of each in a rollout"
-    )
+    add("--num-steps", type=positive_int, default=128, help="steps per environment")
     add("--gamma", type=fraction, default=0.99, help="discount per step")
     add("--gae-lambda", type=fraction, default=0.95, help="0: most bias; 1: most noise")
     add("--gae", action=Switch, default=True, help="--no-gae is --gae-lambda 1")
@@ -134,12 +133,7 @@ def parse_args(argv=None, **defaults):
     add("--ent-coef", type=amount, default=0.01, help="weight of the entropy bonus")
     add("--vf-coef", type=amount, default=0.5, help="weight of the value loss")
     add("--max-grad-norm", type=amount, default=0.5, help="limit of the gradient norm")
-    add(
-        "--target-kl",
-        type=optional(amount),
-        default=None,
-        help="stop an update above it",
-    )
+    add("--target-kl", type=optional(amount), default=None, help="KL to stop early at")
 
     add = parser.add_argument_group("the run").add_argument
     add("--exp-name", default=Path(__file__).stem, help="name of the experiment")
@@ -158,12 +152,10 @@ def parse_args(argv=None, **defaults):
     add("--wandb-entity", type=optional(str), default=None, help="user or team there")
     add("--capture-video", action=Switch, default=False, help="record to videos/")
     add("--checkpoint-interval", type=amount, default=60, help="seconds, or 0 for none")
-    add(
-        "--resume", nargs="?", const="newest", help="folder of a run, or the newest run"
-    )
+    add("--resume", nargs="?", const="newest", help="folder of a run, or the newest")
 
     parser.set_defaults(**defaults)
-    return complete(parser, argv)
+    return finish_parsing(parser, argv)
 
 
 def make_env(args, render_mode=None):
@@ -299,7 +291,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
 
         # This resets the environments, or restores what the checkpoint of a resumed run
         # holds.
-        next_obs, next_done = begin(
+        next_obs, next_done = restore_or_reset(
             args, envs, agent, optimizer, checkpoint, restored_step
         )
         global_step = args.first_step  # 0, unless the run is resumed
@@ -341,10 +333,11 @@ def train(args, make_envs=make_envs, Agent=Agent):
             # The rollout. The environments reuse the array next_obs; obs keeps a copy.
             for step in range(T):
                 global_step += args.num_envs
+                check_observations(args, next_obs)
                 obs[step] = torch.as_tensor(next_obs)
                 dones[step] = torch.as_tensor(next_done)
 
-                with torch.no_grad(), explain_nan(args, obs[step]):
+                with torch.no_grad():
                     action, logprob = agent.get_action(obs[step])
                 actions[step] = action
                 logprobs[step] = logprob  # for the ratio in Detail 8
@@ -395,7 +388,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
                 b_returns=returns.flatten(0, 1),
                 b_values=values[:T].flatten(0, 1),
             )
-            check_finite(args, global_step, obs, rewards, agent)
+            check_for_divergence(args, global_step, rewards, agent)
             log.update(optimizer, stats)
 
             # Save now and then, at the end, and before a stop.
@@ -410,7 +403,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     wandb_id=log.wandb_id,
                 )
             if stop_signal:
-                log.stopped()
+                log.say_stopped()
                 break
 
     if stop_signal:
@@ -651,7 +644,7 @@ def update(
 
     # policy_loss is no measure of progress. In each update the ratio starts at 1 and
     # normalized advantages have mean 0, so it starts at 0 however good the policy is.
-    return {
+    stats = {
         "value_loss": v_loss.item(),
         "policy_loss": pg_loss.item(),
         "entropy": mean_entropy.item(),
@@ -660,11 +653,12 @@ def update(
         "clipfrac": torch.stack(clipfracs).mean().item(),  # of all minibatches
         "explained_variance": explained_variance.item(),
     }
+    return {name: mean_over_processes(number) for name, number in stats.items()}
 
 
 # Part two: the run
 #
-# Its sections do not know each other. train() and main() put them together:
+# Each section can be read on its own, and train() and main() put them together:
 # settings, environments, stop signals, processes, the logger, and checkpoints.
 
 
@@ -723,7 +717,7 @@ class Switch(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, switched_on)
 
 
-def number(text, low, high):
+def number_between(text, low, high):
     try:
         value = float(text)
     except ValueError:
@@ -735,7 +729,7 @@ def number(text, low, high):
 
 
 def whole_number(text, low=0, high=2**32 - 1):
-    value = number(text, low, high)  # so 1e6 counts, too
+    value = number_between(text, low, high)  # so 1e6 counts, too
     if not value.is_integer():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text}")
     return int(value)
@@ -746,11 +740,12 @@ def positive_int(text):
 
 
 def fraction(text):
-    return number(text, 0, 1)
+    return number_between(text, 0, 1)
 
 
 def amount(text):
-    return number(text, 0, 1e30)  # float32 overflows at 3e38
+    """A number that is not negative."""
+    return number_between(text, 0, 1e30)  # float32 overflows at 3e38
 
 
 def optional(type_of_flag):
@@ -762,7 +757,7 @@ def optional(type_of_flag):
     return none_or_value
 
 
-def complete(parser, argv):
+def finish_parsing(parser, argv):
     """Read the flags, check those that depend on each other, and add what follows."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
@@ -772,7 +767,7 @@ def complete(parser, argv):
         checkpoint = load_checkpoint(args.resume)
         args = parse_args_of_resumed_run(parser, argv, args.resume, checkpoint["args"])
     args.first_step = checkpoint["global_step"] if checkpoint else 0
-    add_processes(args)
+    add_processes(args, checkpoint)
     add_sizes(args)
 
     # Environment i of all gets the seed env_seed + i. A resumed run whose environments
@@ -781,22 +776,51 @@ def complete(parser, argv):
     return args
 
 
-def add_processes(args):
-    """Add what torchrun says: how many processes there are, and which one is ours."""
-    args.world_size = int(os.environ.get("WORLD_SIZE") or 1)
-    args.rank = int(os.environ["RANK"]) if args.world_size > 1 else 0
-    args.local_num_envs = args.num_envs // args.world_size
+def parse_args_of_resumed_run(parser, argv, folder, saved):
+    """Read the flags again, with those of the run in this folder as defaults.
 
-    # Some schedulers set WORLD_SIZE, too, but start each process as a run of its own.
-    if args.world_size > 1 and not torch.distributed.is_torchelastic_launched():
+    Raises RunEnded if one has changed, unless total_timesteps has grown.
+    """
+    defaults = vars(parser.parse_args([]))
+    was = {name: saved.get(name, default) for name, default in defaults.items()}
+    parser.set_defaults(**was)
+    args = parser.parse_args(argv)
+    args.resume = was["resume"] = folder
+
+    changed = {name: was[name] for name in was if getattr(args, name) != was[name]}
+    if args.total_timesteps > was["total_timesteps"]:
+        del changed["total_timesteps"]
+        if args.anneal_lr:
+            print(
+                f"note: annealed over {args.total_timesteps} steps now, the learning "
+                "rate goes on higher than it was"
+            )
+    if changed:
         raise RunEnded(
-            f"WORLD_SIZE={args.world_size} in the environment asks for several "
-            "processes: use torchrun, or unset it"
+            "--resume keeps the flags of its run, of which only total_timesteps may "
+            f"grow. They were: {changed}"
         )
+    return args
+
+
+def add_processes(args, checkpoint):
+    """Add what torchrun says: how many processes there are, and which one is ours."""
+    # Some schedulers set WORLD_SIZE, too, for processes that know nothing of each
+    # other.
+    has_torchrun = torch.distributed.is_torchelastic_launched()
+    args.world_size = int(os.environ["WORLD_SIZE"]) if has_torchrun else 1
+    args.rank = int(os.environ["RANK"]) if has_torchrun else 0
+    args.local_num_envs = args.num_envs // args.world_size
     if args.num_envs % args.world_size:
         raise RunEnded(
             f"--num-envs {args.num_envs} cannot be split evenly over the "
             f"{args.world_size} processes of torchrun"
+        )
+    before = checkpoint["args"]["world_size"] if checkpoint else args.world_size
+    if before != args.world_size:
+        raise RunEnded(
+            f"--resume needs as many processes as its run had, {before}, not "
+            f"{args.world_size}"
         )
 
 
@@ -821,32 +845,6 @@ def add_sizes(args):
         )
 
 
-def parse_args_of_resumed_run(parser, argv, folder, saved):
-    """Read the flags again, with those of the run in this folder as defaults.
-
-    Raises RunEnded if one has changed, unless total_timesteps has grown.
-    """
-    was = {name: saved[name] for name in vars(parser.parse_args([]))}
-    parser.set_defaults(**was)
-    args = parser.parse_args(argv)
-    args.resume = was["resume"] = folder
-
-    changed = {name: was[name] for name in was if getattr(args, name) != was[name]}
-    if args.total_timesteps > was["total_timesteps"]:
-        del changed["total_timesteps"]
-        if args.anneal_lr:
-            print(
-                f"note: annealed over {args.total_timesteps} steps now, the learning "
-                "rate goes on higher than it was"
-            )
-    if changed:
-        raise RunEnded(
-            "--resume keeps the flags of its run, of which only total_timesteps may "
-            f"grow. They were: {changed}"
-        )
-    return args
-
-
 def set_up(args):
     """Seed all random generators, set up torch, and return the device to use."""
     seed_generators(args.seed + args.rank)
@@ -854,7 +852,9 @@ def set_up(args):
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # its random state belongs into checkpoints
+        return device
     return torch.device("cpu")
 
 
@@ -895,15 +895,10 @@ def vectorize(make_env, args, seed, autoreset_mode, video=None, render_mode=None
         thunks.append(thunk)
 
     mode = args.vectorization_mode
+    classes = {"sync": gym.vector.SyncVectorEnv, "async": gym.vector.AsyncVectorEnv}
     try:
-        if mode == "sync":
-            return gym.vector.SyncVectorEnv(
-                thunks, copy=False, autoreset_mode=autoreset_mode
-            )
-        if mode == "async":
-            return gym.vector.AsyncVectorEnv(
-                thunks, copy=False, autoreset_mode=autoreset_mode
-            )
+        if mode in classes:
+            return classes[mode](thunks, copy=False, autoreset_mode=autoreset_mode)
         if video:
             raise RunEnded("--capture-video needs --vectorization-mode sync or async")
         envs = gym.make_vec(args.env_id, args.local_num_envs, vectorization_mode=mode)
@@ -977,7 +972,8 @@ class ErrorsAsText(gym.Wrapper):
         try:
             return function(*args, **options)
         except Exception:
-            text = traceback.format_exc().replace("%", "%%")  # Gymnasium formats it
+            # Gymnasium takes a % in it for the place of a number, so it is doubled.
+            text = traceback.format_exc().replace("%", "%%")
             raise RuntimeError(f"in a worker process:\n{text}") from None
 
 
@@ -1021,8 +1017,10 @@ def open_envs(args, make_envs, video_folder, checkpoint):
     video = None
     if args.capture_video and args.rank == 0:
         video = {"video_folder": str(video_folder)}
-    not_ours = multiprocessing.active_children()
-    envs, restored_step = restore_envs(args, checkpoint) if checkpoint else (None, None)
+    older_processes = multiprocessing.active_children()
+    envs = restored_step = None
+    if checkpoint:
+        envs, restored_step = restore_envs(args, checkpoint)
     try:
         if envs is None:
             envs = make_envs(args, args.env_seed, video)
@@ -1030,49 +1028,49 @@ def open_envs(args, make_envs, video_folder, checkpoint):
     except BaseException:
         # Workers may hang, and they ignore the signal with which Gymnasium ends them.
         for worker in multiprocessing.active_children():
-            if worker not in not_ours:
+            if worker not in older_processes:
                 worker.kill()
         if envs is not None:
             with contextlib.suppress(Exception):  # the first error is the one to show
                 envs.close()
-            envs.unwrapped.closed = True  # so nobody tries again
+            envs.unwrapped.closed = True  # or its __del__ would try again
         raise
     envs.close()
 
 
 def restore_envs(args, checkpoint):
     """Return the environments as they stood, and their last step, or None and None."""
+    reason = "they could not be saved"
     pickled = checkpoint["environments"][args.rank]
-    same_python = checkpoint["python"] == list(sys.version_info[:2])
-    if pickled and same_python:  # another version may crash without a word
-        with contextlib.suppress(Exception):  # the program or a library has changed
-            envs, *restored_step = cloudpickle.loads(pickled)  # this runs code
-            return envs, restored_step
+    if pickled and checkpoint["python"] != list(sys.version_info[:2]):
+        reason = "another version of Python saved them"  # that may crash silently
+    elif pickled:
+        try:
+            # The array of observations is shared by both, so both are in one pickle.
+            # Unpickling runs code: resume only runs that you trust.
+            envs, *last_step = cloudpickle.loads(pickled)
+            return envs, last_step
+        except Exception as error:  # the program or a library has changed
+            reason = repr(error)
     if args.rank == 0:
-        print("note: the environments could not be kept, so new episodes begin")
+        print(f"note: the environments begin new episodes, as {reason}")
     return None, None
 
 
-@contextlib.contextmanager
-def explain_nan(args, obs):
-    """Torch cannot draw an action from NaN. If the observation is to blame, say so."""
-    try:
-        yield
-    except RuntimeError as error:
-        if obs.isfinite().all():
-            raise
+def check_observations(args, next_obs):
+    """Raise RunEnded if one is NaN or infinite: no action can be drawn from it."""
+    if not np.isfinite(next_obs).all():
         message = f"{args.env_id} gave an observation that is not finite"
-        raise RunEnded(message, exit_code=1) from error
+        raise RunEnded(message, exit_code=1)
 
 
-def check_finite(args, global_step, obs, rewards, agent):
-    """Raise RunEnded if the data or the parameters of the agent are NaN or infinite."""
-    for name, numbers in (("an observation", obs), ("a reward", rewards)):
-        if not numbers.isfinite().all():
-            raise RunEnded(
-                f"{args.env_id} gave {name} that is not finite by step {global_step}",
-                exit_code=1,
-            )
+def check_for_divergence(args, global_step, rewards, agent):
+    """Raise RunEnded if a reward or a parameter of the agent is NaN or infinite."""
+    if not rewards.isfinite().all():
+        message = (
+            f"{args.env_id} gave a reward that is not finite by step {global_step}"
+        )
+        raise RunEnded(message, exit_code=1)
     if not all(parameter.isfinite().all() for parameter in agent.parameters()):
         raise RunEnded(
             f"the update at step {global_step} diverged: lower --learning-rate, or "
@@ -1083,33 +1081,42 @@ def check_finite(args, global_step, obs, rewards, agent):
 
 # Stop signals
 
-STOP_SIGNALS = []
-for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-    if hasattr(signal, name):  # Windows has only the first two
-        STOP_SIGNALS.append(getattr(signal, name))
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)  # Windows has only the first two
+]
 
 
 class StopSignals:
-    """Lets a run end after its update, saved, when it is asked to stop.
+    """Remembers a stop signal. train() looks at it after each update, saves and stops.
 
-    ``received`` is the number of the signal, or 0. A second one stops at once, as the
-    handlers that were there before come back.
+    ``received`` is the number of the signal, or 0. A second one stops at once, as it
+    would have done without this.
     """
 
     def __init__(self):
         self.received = 0
+        self.received_at = 0.0
         self.old_handlers = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # Python's rule
+        # Python allows signal handlers only in the main thread.
+        if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup asks to ignore
                     self.old_handlers[number] = signal.signal(number, self.receive)
         return self
 
     def receive(self, number, frame):
-        self.received = int(number)
-        self.restore()
+        if not self.received:
+            self.received = int(number)
+            self.received_at = time.monotonic()
+        # A signal to a whole group comes twice if torchrun passes it on. So only one
+        # that comes more than a second later is a second one.
+        elif time.monotonic() > self.received_at + 1:
+            self.restore()
+            signal.raise_signal(number)
 
     def restore(self):
         for number, handler in self.old_handlers.items():
@@ -1203,18 +1210,18 @@ class Logger:
         self.run_folder = run_folder
         self.video_folder = video_folder
         self.is_silent = args.rank > 0
-        self.global_step = args.first_step
+        self.global_step = args.first_step  # of the last step that has ended
         self.wandb = None
         self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
         self.logged_videos = set()
-        self.last_returns = []
+        self.last_returns = collections.deque(maxlen=100)
 
     def __enter__(self):
         self.start_time = time.perf_counter()
         if self.is_silent:
             return self
         if self.args.track:
-            self.start_wandb()  # before the writer, so that it sees what that writes
+            self.start_wandb()  # before SummaryWriter, whose output it copies
         if not self.args.resume:
             self.make_run_folder()
         # Points that a killed run has logged after its checkpoint are hidden.
@@ -1227,15 +1234,14 @@ class Logger:
             unit="step",
             disable=not sys.stderr.isatty(),
         )
-        self.settings()
+        self.write_settings()
         return self
 
     def make_run_folder(self):
         try:
             self.run_folder.mkdir(parents=True)
-        except FileExistsError as error:
-            message = f"{self.run_folder} exists already: start again in a second"
-            raise RunEnded(message) from error
+        except OSError as error:  # such as another run that began in the same second
+            raise RunEnded(f"cannot make the folder of the run: {error}") from error
 
     def start_wandb(self):
         import wandb  # takes a second, so only when it is asked for
@@ -1263,21 +1269,20 @@ class Logger:
         if not self.is_silent:
             tqdm.write(line)  # print, without tearing the progress bar
 
-    def settings(self):
+    def write_settings(self):
         """Print and log the flags, and the spaces of the environments."""
-        facts = dict(vars(self.args))
-        facts["observation_space"] = self.envs.single_observation_space
-        facts["action_space"] = self.envs.single_action_space
+        settings = dict(vars(self.args))
+        settings["observation_space"] = self.envs.single_observation_space
+        settings["action_space"] = self.envs.single_action_space
         rows = ["|flag|value|", "|-|-|"]
-        for name, value in facts.items():
+        for name, value in settings.items():
             value = " ".join(str(value).split())  # spaces may take several lines
             self.say(f"{name}={value}")
             rows.append(f"|{name}|{value}|")
         self.writer.add_text("hyperparameters", "\n".join(rows))
 
     def add_scalar(self, tag, value):
-        if not self.is_silent:
-            self.writer.add_scalar(tag, value, self.global_step)
+        self.writer.add_scalar(tag, value, self.global_step)
 
     def episodes(self, infos, global_step):
         """Print each finished episode; the curve gets the mean of those of one step."""
@@ -1292,22 +1297,22 @@ class Logger:
                 f"global_step={global_step}, episodic_return={episodic_return}, "
                 f"episodic_length={length}"
             )
-        self.last_returns = [*self.last_returns, *returns][-100:]
+        self.last_returns.extend(returns)
         self.add_scalar("charts/episodic_return", returns.mean())
         self.add_scalar("charts/episodic_length", lengths.mean())
 
     def update(self, optimizer, stats):
-        """Log what the update returned, averaged over the processes of torchrun."""
-        for name, number in stats.items():
-            self.add_scalar(f"losses/{name}", mean_over_processes(number))
+        """Log what the update returned, its speed, and the learning rate."""
         if self.is_silent:
             return
+        for name, number in stats.items():
+            self.add_scalar(f"losses/{name}", number)
         seconds = time.perf_counter() - self.start_time
         steps_per_second = int((self.global_step - self.args.first_step) / seconds)
         self.add_scalar("charts/SPS", steps_per_second)
         self.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"])
         if self.wandb and self.args.capture_video:
-            self.videos()
+            self.upload_videos()
 
         mean_return = np.mean(self.last_returns) if self.last_returns else np.nan
         self.bar.set_postfix(mean_return=mean_return, refresh=False)
@@ -1316,7 +1321,7 @@ class Logger:
         sys.stdout.flush()
         self.writer.flush()
 
-    def videos(self):
+    def upload_videos(self):
         """Upload what has been recorded. W&B's own monitor_gym breaks Gymnasium 1.0."""
         for path in sorted(self.video_folder.glob("*.mp4")):
             if path not in self.logged_videos:
@@ -1324,7 +1329,7 @@ class Logger:
                 self.wandb.log({"video": video, "global_step": self.global_step})
                 self.logged_videos.add(path)
 
-    def stopped(self):
+    def say_stopped(self):
         how = "it has no checkpoint"
         if self.args.checkpoint_interval:
             how = f"to go on: the same command with --resume {self.run_folder}"
@@ -1334,51 +1339,37 @@ class Logger:
     def __exit__(self, kind, error, trace):
         if self.is_silent:
             return
-        self.bar.close()
-        self.writer.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=int(error is not None))
+        if error is not None and not isinstance(error, RunEnded):
+            error.how_to_go_on = self.how_to_go_on(error)  # main() prints it
+        try:
+            self.close(exit_code=int(error is not None))
+        except Exception:
+            if error is None:
+                raise
+            # Otherwise the first error is the one to show.
         if error is None:
             videos = f" and {self.video_folder}" if self.args.capture_video else ""
             self.say(f"results: {self.run_folder}{videos}")
-        elif not isinstance(error, RunEnded):
-            error.how_to_go_on = self.how_to_go_on(error)  # main() prints it
+
+    def close(self, exit_code):
+        self.bar.close()
+        self.writer.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=exit_code)
 
     def how_to_go_on(self, error):
         line = f"The run broke in step {self.global_step + self.args.num_envs}."
-        if self.args.vectorization_mode == "async" and isinstance(error, EOFError):
-            line += " A worker process died, maybe because memory ran out."
-        if (self.run_folder / "checkpoint.pt").exists():
+        if isinstance(error, (EOFError, ConnectionError)):
+            line += " A worker process is gone, maybe because memory ran out."
+        if (self.run_folder / CHECKPOINT_FILE).exists():
             line += f" To go on from its last checkpoint: --resume {self.run_folder}"
         return line
 
 
 # Checkpoints
 
-CHECKPOINT_VERSION = 2
-
-
-def begin(args, envs, agent, optimizer, checkpoint, restored_step):
-    """Restore what the checkpoint holds, if there is one, and reset new environments.
-
-    Returns the observations and the dones that the first step begins with.
-    """
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    copy_to_all_processes(agent)
-
-    if restored_step:
-        next_obs, next_done = restored_step
-    else:
-        # This has to come after the agent was restored, whose statistics may see it.
-        next_obs, _ = envs.reset(seed=args.env_seed)
-        next_done = np.zeros(args.local_num_envs, dtype=bool)
-
-    # This comes last, as all of the above may have drawn random numbers.
-    if checkpoint:
-        set_random_states(checkpoint["random_states"][args.rank])
-    return next_obs, next_done
+CHECKPOINT_FILE = "checkpoint.pt"
+CHECKPOINT_VERSION = 2  # to be raised when older checkpoints can no longer be read
 
 
 class Checkpoints:
@@ -1386,7 +1377,7 @@ class Checkpoints:
 
     def __init__(self, args, run_folder):
         self.args = args
-        self.path = run_folder / "checkpoint.pt"
+        self.path = run_folder / CHECKPOINT_FILE
         self.saved_at = time.perf_counter()
 
     def due(self, is_last):
@@ -1420,12 +1411,11 @@ class Checkpoints:
             return None  # a video that has begun cannot go on
         try:
             pickled = cloudpickle.dumps(environments)  # pickle refuses local functions
-        except Exception:  # simulators written in C, windows, worker processes
+        except Exception:  # simulators written in C, open windows, worker processes
             return None
+        # Gymnasium's EzPickle keeps how an environment was made, not how it stands.
         if b"_ezpickle_args" in pickled:
-            return (
-                None  # Gymnasium's EzPickle keeps how one was made, not how it stands
-            )
+            return None
         return pickled
 
     def write(self, checkpoint):
@@ -1441,7 +1431,8 @@ class Checkpoints:
             os.replace(temporary, self.path)
         except OSError as error:
             raise RunEnded(
-                f"cannot save {self.path} (one saved before is still whole): {error}",
+                f"cannot save {self.path} (if it was there before, it is still whole): "
+                f"{error}",
                 exit_code=1,
             ) from error
 
@@ -1476,16 +1467,19 @@ def find_run(name):
     """The folder of a run, given as such, as its checkpoint.pt, or as "newest"."""
     if name != "newest":
         path = Path(name)
-        return str(path.parent if path.name == "checkpoint.pt" else path)
-    paths = list(Path("runs").glob("*/checkpoint.pt"))
+        return str(path.parent if path.name == CHECKPOINT_FILE else path)
+    paths = list(Path("runs").glob(f"*/{CHECKPOINT_FILE}"))
     if not paths:
-        raise RunEnded("there is no run to go on with: runs/ holds no checkpoint.pt")
+        raise RunEnded(f"there is no run to go on with: no runs/*/{CHECKPOINT_FILE}")
     return str(max(paths, key=os.path.getmtime).parent)
 
 
 def load_checkpoint(folder):
-    """Read what was saved, without running code that a stranger may have put there."""
-    path = Path(folder, "checkpoint.pt")
+    """Read what was saved. This alone runs no code that a stranger may have put there.
+
+    The environments in it stay pickled; see restore_envs().
+    """
+    path = Path(folder, CHECKPOINT_FILE)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint.get("version")
@@ -1497,6 +1491,29 @@ def load_checkpoint(folder):
     if version != CHECKPOINT_VERSION:
         raise RunEnded(f"{path} was saved by another version of this program")
     return checkpoint
+
+
+def restore_or_reset(args, envs, agent, optimizer, checkpoint, restored_step):
+    """Restore what the checkpoint holds, if there is one, and reset new environments.
+
+    Returns the observations and the dones that the first step begins with.
+    """
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    copy_to_all_processes(agent)
+
+    if restored_step:
+        next_obs, next_done = restored_step
+    else:
+        # This has to come after the agent was restored, whose statistics may see it.
+        next_obs, _ = envs.reset(seed=args.env_seed)
+        next_done = np.zeros(args.local_num_envs, dtype=bool)
+
+    # This comes last, as all of the above may have drawn random numbers.
+    if checkpoint:
+        set_random_states(checkpoint["random_states"][args.rank])
+    return next_obs, next_done
 
 
 # The program
@@ -1519,7 +1536,14 @@ def main(argv=None, make_envs=make_envs, Agent=Agent, **defaults):
         # An error of the environment, or a bug of ours. An environment that calls
         # sys.exit() has broken the run, too, and the exit code has to tell.
         traceback.print_exc()
-        print(getattr(error, "how_to_go_on", "The run did not begin."), file=sys.stderr)
+        print(
+            getattr(
+                error,
+                "how_to_go_on",
+                "The run broke before its first or after its last step.",
+            ),
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
