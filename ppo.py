@@ -7,29 +7,29 @@
 An agent plays, and learns from the outcome. Its actor is the policy pi(a|s), which
 gives the probability of action a in state s. Its critic is the value function V(s),
 which estimates the discounted return from s onward: the sum of the rewards to come,
-where a reward counts less, by a factor gamma, for each step that it is further away.
-The advantage A says by how much an action turned out better than V(s).
+each multiplied by gamma for every step of delay. The advantage A says how much better
+an action turned out than V(s).
 
 The policy gradient is the mean of A * grad log pi(a|s) over the steps played. Following
-it makes good actions likelier and bad ones rarer, and so the return grows (Williams
-1992; Sutton et al. 2000). But it holds only for data of the current policy. After one
-gradient step the data are, strictly, too old.
+it makes good actions more likely and bad ones less likely, and so the return grows
+(Williams 1992; Sutton et al. 2000). But it holds only for data from the current policy.
+After one gradient step the data are, strictly speaking, out of date.
 
-Playing is costly, though, and PPO goes through its data several times. It repeats two
-phases. In the rollout, the current policy plays num_steps steps in each of num_envs
-environments. In the update, the agent learns from these steps. The loss takes into
-account by how much likelier each action has become since it was played, and is clipped
-so that nothing is gained by moving far away from the policy that played. Then the steps
-are thrown away, and the updated policy plays new ones.
+Playing is costly, so PPO uses its data several times. It repeats two phases. In the
+rollout, the current policy plays num_steps steps in each of num_envs environments. In
+the update, the agent learns from these steps. The loss takes into account how much more
+likely each action has become since it was played, and it is clipped, so that nothing is
+gained by moving far away from the policy that played. Then the steps are thrown away,
+and the updated policy plays new ones.
 
-Part one of this file is the algorithm. First come the flags, the environments and the
-agent. Then train() tells the whole story, and the three functions below it are its
-parts. Any other name that you meet is in part two, which is the run: the types of
-flags, worker processes, signals, torchrun, logs and checkpoints. You may stop before
-it.
+Part one of this file is the algorithm, for actions that are numbered. First come the
+flags, which you may skip at first, the environments and the agent. Then train() tells
+the whole story, and the three functions below it are its parts. Any other function or
+class that is not imported is in part two, which is the run: the types of flags, worker
+processes, signals, torchrun, logs and checkpoints. You may stop before it.
 
 Eleven implementation details belong to PPO as most people use it. Some of them are the
-algorithm (1, 5, 6, 8, 10), and the others are habits of the original code. Each is
+algorithm (1, 5, 6, 8, 10), and the others are choices of its original code. Each is
 explained where it happens, with its source. Search for "Detail 5:", for example.
 
     1. vectorized environments           8. clipped policy objective
@@ -113,13 +113,13 @@ def parse_args(argv=None, **defaults):
     add("--num-envs", type=positive_int, default=4, help="number of environments")
     add("--num-steps", type=positive_int, default=128, help="steps per environment")
     add("--gamma", type=fraction, default=0.99, help="discount per step")
-    add("--gae-lambda", type=fraction, default=0.95, help="0: most bias; 1: most noise")
+    add("--gae-lambda", type=fraction, default=0.95, help="of Detail 5, from 0 to 1")
     add("--gae", action=Switch, default=True, help="--no-gae is --gae-lambda 1")
     add(
         "--bootstrap-truncation",
         action=Switch,
         default=False,
-        help="after a time limit, count the value of what would have come",
+        help="after a time limit, count the value of what would have followed",
     )
 
     add = parser.add_argument_group("the update").add_argument
@@ -138,14 +138,14 @@ def parse_args(argv=None, **defaults):
     add = parser.add_argument_group("the run").add_argument
     add("--exp-name", default=Path(__file__).stem, help="name of the experiment")
     add("--seed", type=whole_number, default=1, help="seed of all random numbers")
-    add("--torch-deterministic", action=Switch, default=True, help="where torch can be")
+    add("--torch-deterministic", action=Switch, default=True, help="where torch can")
     add("--cuda", action=Switch, default=True, help="use a GPU if there is one")
     add("--num-threads", type=positive_int, default=1, help="threads of torch on a CPU")
     add(
         "--vectorization-mode",
         choices=["sync", "async", "vector_entry_point"],
         default="sync",
-        help="in turn, in processes, or as the environment's own batched version",
+        help="one after another, in processes, or by the environment's own batch",
     )
     add("--track", action=Switch, default=False, help="log to Weights & Biases, too")
     add("--wandb-project-name", default="cleanrl", help="project in Weights & Biases")
@@ -177,7 +177,7 @@ def make_envs(args, seed, video=None, render_mode=None):
     # chooses the next actions, so one pass through the network serves all of them. The
     # data become more varied, too: consecutive steps of one environment are much alike,
     # and steps of independent environments are not. Whenever an episode ends, the next
-    # one begins by itself. ([PPO] algorithm 1; [A3C] learned from many at once, too.)
+    # one begins by itself. ([PPO] algorithm 1; [A3C] had many at once, too.)
     same_step = AutoresetMode.SAME_STEP
     envs = vectorize(make_env, args, seed, same_step, video, render_mode)
     check_spaces(args, envs)
@@ -186,11 +186,11 @@ def make_envs(args, seed, video=None, render_mode=None):
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
     """Initialize a layer in place, and return it."""
-    # Detail 2: orthogonal initialization. A square orthogonal matrix keeps the length
-    # of what it multiplies, and others do so roughly. So at first signals and gradients
-    # neither vanish nor explode on their way through the layers (Saxe et al. 2014,
+    # Detail 2: orthogonal initialization. A matrix with orthogonal columns keeps the
+    # length of what it multiplies. So at first signals and gradients neither vanish nor
+    # explode on their way through the hidden layers (Saxe et al. 2014,
     # arXiv:1312.6120). The gain sqrt(2) makes up for a ReLU, which cuts off half of the
-    # squared length (He et al. 2015, arXiv:1502.01852). That it is kept with tanh is a
+    # squared length (He et al. 2015, arXiv:1502.01852). Keeping it with tanh is a
     # habit. ([baselines])
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
@@ -221,7 +221,7 @@ class Agent(nn.Module):
 
         # The last layer of the actor has gain 0.01. All logits begin near 0, so all
         # actions are about equally likely, and none is favored by chance. ([baselines];
-        # [Study] found that it helps much.)
+        # [Study] found that it helps a lot.)
         self.actor = nn.Sequential(
             layer_init(nn.Linear(obs_dim, 64)),
             nn.Tanh(),
@@ -269,7 +269,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     run_folder, video_folder = choose_folders(args)
 
-    # Part two takes care of these. They notice signals that ask the run to stop, open
+    # The next four are in part two. They notice signals that ask the run to stop, open
     # the environments and close them at the end, connect the processes of torchrun if
     # there are several, and write the logs.
     with (
@@ -307,8 +307,8 @@ def train(args, make_envs=make_envs, Agent=Agent):
         #             logprobs[0]                        logprobs[T-1]
         #             rewards[0]                         rewards[T-1]
         #
-        # dones[t] belongs to obs[t], not to the action that follows it: it is 1 if the
-        # step that led to obs[t] ended an episode.
+        # dones[t] is 1 if the step that led to obs[t] ended an episode. Then obs[t] is
+        # already the first observation of the next one. values are computed afterwards.
         T = args.num_steps
         N = args.local_num_envs  # of this process: all of them, without torchrun
         obs_shape = envs.single_observation_space.shape
@@ -351,16 +351,15 @@ def train(args, make_envs=make_envs, Agent=Agent):
                 rewards[step] = torch.as_tensor(reward)
                 if args.bootstrap_truncation:  # off by default, as in [baselines]
                     cut_off = truncations & ~terminations
-                    lost = value_cut_off(agent, envs, next_obs, cut_off, infos)
-                    rewards[step] += args.gamma * lost
+                    last_value = value_cut_off(agent, envs, next_obs, cut_off, infos)
+                    rewards[step] += args.gamma * last_value
                 log.episodes(infos, global_step)
 
             obs[T] = torch.as_tensor(next_obs)
             dones[T] = torch.as_tensor(next_done)
 
-            # Choosing actions needs no critic, so it rates the whole rollout
-            # afterwards, in one call. V of obs[T] stands for all that comes after the
-            # rollout.
+            # Choosing actions needs no critic, so the critic rates the whole rollout
+            # afterwards, in one call. V of obs[T] stands for all that comes after it.
             with torch.no_grad():
                 values = agent.get_value(obs.flatten(0, 1)).view(T + 1, N)
             gae_lambda = args.gae_lambda if args.gae else 1.0
@@ -368,9 +367,10 @@ def train(args, make_envs=make_envs, Agent=Agent):
                 rewards, values, dones, args.gamma, gae_lambda
             )
 
-            # Learn from all steps. (Some batched environments also have steps that only
-            # reset, in which the action is ignored. There is nothing to learn from
-            # them.)
+            # Learn from all steps. (Some batched environments reset one step later.
+            # Then obs[t] is still the last observation of the old episode where
+            # dones[t] is 1, and step t only resets, so there is nothing to learn from
+            # it.)
             b_inds = np.arange(T * N)
             if not resets_in_same_step(envs):
                 b_inds = b_inds[dones[:T].flatten().cpu().numpy() == 0]
@@ -418,9 +418,9 @@ def value_cut_off(agent, envs, next_obs, cut_off, infos):
     """
     # An episode that a time limit cuts off would have gone on and brought more reward.
     # By default it still counts as ended, as in [baselines]. --bootstrap-truncation
-    # adds what was lost to its last reward: gamma * V of its last observation. That is
-    # enough, because compute_advantages() ignores everything that comes after an end.
-    # (Pardo et al. 2018, arXiv:1712.00378)
+    # adds gamma * V(last observation), the part that was cut off, to the last reward.
+    # That is enough, because compute_advantages() ignores everything that comes after
+    # an end. (Pardo et al. 2018, arXiv:1712.00378)
     device = next(agent.parameters()).device
     values = torch.zeros(len(cut_off), device=device)
     if cut_off.any():
@@ -441,15 +441,16 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda):
     the last row belongs to the observation after the rollout. Returns the advantages
     and the returns, which are the critic's targets: (num_steps, num_envs) each.
     """
-    # Detail 5: generalized advantage estimation. delta_t is what step t has shown,
-    # minus what the critic expected, and so a first estimate of the advantage. GAE adds
-    # the deltas of all later steps, with shrinking weights:
+    # Detail 5: generalized advantage estimation. After step t, r_t + gamma * V(s_{t+1})
+    # is a better estimate of the return than V(s_t) was before it. Their difference,
+    # delta_t, is a first estimate of the advantage. GAE adds the deltas of all later
+    # steps, with shrinking weights:
     #
     #     delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
     #     A_t = delta_t + (gamma * lambda) * delta_{t+1} + (gamma * lambda)^2 * ...
     #
     # With lambda = 0, only delta_t counts. One step has little randomness (low
-    # variance), but V(s_{t+1}) brings in all the critic's errors (bias). With
+    # variance), but the error in V(s_{t+1}) counts almost in full (bias). With
     # lambda = 1, the values in between cancel. Three steps show it, with g for gamma:
     #
     #     A_0 =       (r_0 + g * V_1 - V_0)
@@ -457,9 +458,10 @@ def compute_advantages(rewards, values, dones, gamma, gae_lambda):
     #         + g^2 * (r_2 + g * V_3 - V_2)
     #         = r_0 + g * r_1 + g^2 * r_2 + g^3 * V_3 - V_0
     #
-    # Now all the randomness of the rewards counts, but of the critic's errors only the
-    # one in V_3, at the end of the rollout. The earlier the step, the smaller its
-    # weight. Values of lambda in between mix both. ([GAE] equations 16 to 18)
+    # Now all the randomness of the rewards counts, but the only error of the critic
+    # that is left is the one in V_3, at the end of the rollout. The further step t is
+    # from that end, the less it weighs. Values of lambda in between mix both. ([GAE]
+    # equations 16 to 18)
     #
     # V_0 brings no bias. It is the same for all actions, so on average it does not
     # change the policy gradient, and only makes it less noisy.
@@ -505,7 +507,7 @@ def update(
     for _ in range(args.update_epochs):
         # Detail 6: minibatches. In each epoch the batch is dealt into new random
         # minibatches (mb_), and each makes one gradient step. Many noisy steps get
-        # further than one exact step. ([PPO] algorithm 1)
+        # further than one that is less noisy. ([PPO] algorithm 1)
         np.random.shuffle(b_inds)
         minibatches = torch.as_tensor(b_inds, device=b_obs.device)
         for mb_inds in minibatches.tensor_split(args.num_minibatches):
@@ -515,10 +517,10 @@ def update(
 
             # Detail 7: advantage normalization. The mean becomes 0 and the standard
             # deviation 1, so the policy gradient has about the same size whatever the
-            # scale of the rewards. This matters because the entropy bonus and the limit
-            # of Detail 11 have fixed sizes. Subtracting the mean hardly changes the
-            # policy gradient on average, as with V_0 in Detail 5. Doing it per
-            # minibatch is just a habit. ([baselines])
+            # scale of the rewards. That keeps its balance with the entropy bonus below,
+            # whose size is fixed. Subtracting the mean hardly changes the policy
+            # gradient on average, as with V_0 in Detail 5. Doing it per minibatch is
+            # just a habit. ([baselines])
             mb_advantages = b_advantages[mb_inds]
             if args.norm_adv:
                 mean = mb_advantages.mean()
@@ -532,8 +534,8 @@ def update(
             logratio = newlogprob - b_logprobs[mb_inds]
             ratio = logratio.exp()
 
-            # pg_loss1 falls when good actions become likelier and bad ones rarer. Where
-            # the ratio is 1, its gradient is -A * grad log pi(a|s): the policy
+            # pg_loss1 falls when good actions become more likely and bad ones less.
+            # Where the ratio is 1, its gradient is -A * grad log pi(a|s): the policy
             # gradient, negated because a loss is minimized.
             #
             # But the advantages were measured under the old policy. The further the new
@@ -542,16 +544,16 @@ def update(
             # constant where the ratio has left 1 +- clip_coef, and the larger one of
             # the two counts. If clip_coef is 0.2, the gradient does this:
             #
-            #     A > 0, ratio up to 1.2:  it makes the action likelier
-            #     A > 0, ratio above 1.2:  nothing, the action is likely enough
-            #     A < 0, ratio above 0.8:  it makes the action rarer
-            #     A < 0, ratio below 0.8:  nothing, the action is rare enough
+            #     A > 0, ratio up to 1.2:  makes the action more likely
+            #     A > 0, ratio above 1.2:  nothing (it is likely enough)
+            #     A < 0, ratio above 0.8:  makes the action less likely
+            #     A < 0, ratio below 0.8:  nothing (it is unlikely enough)
             #
             # The larger loss is the pessimistic choice: clipping may take away a gain,
-            # but it never hides a harm. Let A be 2 and the ratio 0.5, as a good action
-            # has become rare. The losses are -1 and -1.6. The unclipped one, -1, is
-            # larger, and its gradient pulls the action back up. ([PPO] equation 7; the
-            # paper maximizes a min, and here a max is minimized.)
+            # but it never hides a loss. Let A be 2 and the ratio 0.5, as a good action
+            # has become less likely. The losses are -1 and -1.6. The unclipped one, -1,
+            # is larger, and its gradient pulls the action back up. ([PPO] equation 7;
+            # the paper maximizes a min, and here a max is minimized.)
             pg_loss1 = -mb_advantages * ratio
             pg_loss2 = -mb_advantages * torch.clamp(
                 ratio, 1 - args.clip_coef, 1 + args.clip_coef
@@ -576,28 +578,28 @@ def update(
                 )
                 v_loss_clipped = (v_clipped - mb_returns) ** 2
                 v_loss = torch.max(v_loss, v_loss_clipped)
-            v_loss = 0.5 * v_loss.mean()  # as in [baselines]
+            v_loss = 0.5 * v_loss.mean()  # as in [baselines], and vf_coef comes on top
 
             # Detail 10: overall loss with an entropy bonus. Entropy is highest where
             # all actions are equally likely, so the bonus keeps the policy from
             # settling on one too early. ([A3C]; [PPO] equation 9)
             #
             # vf_coef, c1 in that equation, weighs the critic against the actor. It
-            # matters most where they share layers. Here they do not, and Adam nearly
-            # cancels a constant factor. What remains is Detail 11, which applies to
-            # both gradients together: a long one of the critic also shortens the
-            # actor's.
+            # matters most where they share layers. Here they do not, and a constant
+            # factor is in both m and sqrt(v) of Detail 3, so Adam nearly cancels it.
+            # What remains is small: if the critic's gradient is large, Detail 11
+            # shrinks the actor's along with it.
             mean_entropy = entropy.mean()
             loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
 
             # Debug variables
             with torch.no_grad():
-                # Two estimates of KL(pi_old || pi_new), which tells how far the policy
-                # has moved, in nats, before this minibatch's own step. old_approx_kl is
-                # the mean of -log ratio, by definition; it is noisy, and may come out
-                # negative. approx_kl adds ratio - 1, whose expectation is 0, as all
-                # probabilities of the new policy add up to 1. It varies less, and no
-                # sample of it is negative. (Schulman 2020,
+                # KL(pi_old || pi_new) tells how far the policy has moved, before the
+                # step on this minibatch. It is the mean of -log ratio under the old
+                # policy, and old_approx_kl is just that over the samples. It is noisy,
+                # and may come out negative. approx_kl adds ratio - 1, whose mean is 0,
+                # as all probabilities of the new policy add up to 1. It varies less,
+                # and no sample of it is negative. (Schulman 2020,
                 # joschu.net/blog/kl-approx.html)
                 old_approx_kl = (-logratio).mean()
                 approx_kl = ((ratio - 1) - logratio).mean()
@@ -619,9 +621,10 @@ def update(
             # that is too large, and linger in Adam's running means. ([baselines]; the
             # idea is from Pascanu et al. 2013, arXiv:1211.5063)
             #
-            # In the default run on CartPole we found 98 of 100 gradients longer than
-            # 0.5, because of the critic. There it does not guard against outliers, but
-            # gives nearly all gradients the same length.
+            # In the default run on CartPole, we found 98 percent of the gradients
+            # longer than 0.5, because of the critic. There it works less as a guard
+            # against outliers than as a normalization: nearly all gradients get length
+            # 0.5.
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
 
@@ -634,16 +637,20 @@ def update(
             if mean_over_processes(approx_kl.item()) > args.target_kl:
                 break
 
-    # Explained variance: the share of the variance of the returns that the critic had
-    # predicted before the update. 1 is perfect, 0 is as good as a constant, and below 0
-    # is worse. It should rise at first. Later it may fall, where returns are much alike
-    # and little is left to predict. ([baselines])
+    # Explained variance: the share of the variance of the batch's returns that the
+    # critic had predicted before the update. 1 is perfect, 0 is as good as a constant,
+    # and negative is worse. It should rise at first. Later it may fall, where returns
+    # are very similar and little is left to predict. ([baselines])
     y_pred = b_values[b_inds]
     y_true = b_returns[b_inds]
-    explained_variance = 1 - (y_true - y_pred).var() / y_true.var()
+    var_y = y_true.var().item()
+    explained_var = np.nan
+    if var_y > 0:
+        explained_var = 1 - (y_true - y_pred).var().item() / var_y
 
     # policy_loss is no measure of progress. In each update the ratio starts at 1 and
-    # normalized advantages have mean 0, so it starts at 0 however good the policy is.
+    # normalized advantages have mean 0, so it starts at 0, however good the policy is.
+    # The number logged only shows how far this update has moved from there.
     stats = {
         "value_loss": v_loss.item(),
         "policy_loss": pg_loss.item(),
@@ -651,7 +658,7 @@ def update(
         "old_approx_kl": old_approx_kl.item(),
         "approx_kl": approx_kl.item(),
         "clipfrac": torch.stack(clipfracs).mean().item(),  # of all minibatches
-        "explained_variance": explained_variance.item(),
+        "explained_variance": explained_var,
     }
     return {name: mean_over_processes(number) for name, number in stats.items()}
 
