@@ -79,19 +79,6 @@ def play(args, envs, agent):
     return returns
 
 
-def load_agent(program, envs, checkpoint):
-    agent = program.Agent(envs)
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError as error:
-        env_id = checkpoint["args"]["env_id"]
-        message = (
-            f"{env_id} or its program has changed, so the agent does not fit: {error}"
-        )
-        raise ppo.RunEnded(message) from error
-    return agent.eval()
-
-
 def evaluate(args):
     """Play as the flags say, and return the returns of the episodes."""
     run_folder = ppo.find_run(args.run)
@@ -116,8 +103,9 @@ def evaluate(args):
     envs = program.make_envs(
         trained, args.seed, video, "human" if args.render else None
     )
-    agent = load_agent(program, envs, checkpoint)
-    returns = play(args, envs, agent)
+    agent = program.Agent(envs)
+    ppo.load_agent(agent, checkpoint)
+    returns = play(args, envs, agent.eval())
     envs.close()  # this finishes the last video
 
     if len(returns) < args.episodes:

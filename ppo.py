@@ -68,6 +68,7 @@ Sources, by the names that the comments use:
 import argparse
 import collections
 import contextlib
+import hashlib
 import io
 import multiprocessing
 import os
@@ -290,7 +291,8 @@ def train(args, make_envs=make_envs, Agent=Agent):
         )
 
         # This resets the environments, or restores what the checkpoint of a resumed run
-        # holds.
+        # holds. (If you add a state of your own, make it a buffer of the agent, and it
+        # is saved and restored, too.)
         next_obs, next_done = restore_or_reset(
             args, envs, agent, optimizer, checkpoint, restored_step
         )
@@ -326,6 +328,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
             # Detail 4: learning rate annealing. Large steps come first, for fast
             # progress. The rate falls linearly towards 0, so that in the end the policy
             # settles. ([PPO] table 5)
+            # For another schedule, change frac.
             if args.anneal_lr:
                 frac = 1 - (iteration - 1) / args.num_updates
                 optimizer.param_groups[0]["lr"] = frac * args.learning_rate
@@ -592,7 +595,8 @@ def update(
             mean_entropy = entropy.mean()
             loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
 
-            # Debug variables
+            # Debug variables. They carry no gradient; what is to have one belongs
+            # above.
             with torch.no_grad():
                 # KL(pi_old || pi_new) tells how far the policy has moved, before the
                 # step on this minibatch. It is the mean of -log ratio under the old
@@ -788,8 +792,12 @@ def parse_args_of_resumed_run(parser, argv, folder, saved):
 
     Raises RunEnded if one has changed, unless total_timesteps has grown.
     """
-    defaults = vars(parser.parse_args([]))
-    was = {name: saved.get(name, default) for name, default in defaults.items()}
+    was = vars(parser.parse_args([]))
+    for name in was:
+        if name in saved:
+            was[name] = saved[name]
+        else:
+            print(f"note: {name}={was[name]} is new since this run was saved")
     parser.set_defaults(**was)
     args = parser.parse_args(argv)
     args.resume = was["resume"] = folder
@@ -1289,6 +1297,8 @@ class Logger:
         self.writer.add_text("hyperparameters", "\n".join(rows))
 
     def add_scalar(self, tag, value):
+        if self.is_silent:
+            return
         self.writer.add_scalar(tag, value, self.global_step)
 
     def episodes(self, infos, global_step):
@@ -1400,7 +1410,8 @@ class Checkpoints:
             checkpoint = {
                 "version": CHECKPOINT_VERSION,
                 "python": list(sys.version_info[:2]),
-                "program": program_of(agent),
+                "program": files_of_program(agent)[0].stem,
+                "program_hash": hash_of_program(agent),
                 "args": vars(self.args),
                 "global_step": global_step,
                 "wandb_id": wandb_id,
@@ -1429,6 +1440,8 @@ class Checkpoints:
         """Write the file whole or not at all, even if the machine dies meanwhile."""
         buffer = io.BytesIO()  # torch would not say that a disk is full
         torch.save(checkpoint, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)  # what cannot be read is not to be saved
         temporary = self.path.with_suffix(".tmp")
         try:
             with open(temporary, "wb") as file:
@@ -1444,10 +1457,15 @@ class Checkpoints:
             ) from error
 
 
-def program_of(agent):
-    """The name of the program that defines the agent, which evaluate.py asks for."""
+def files_of_program(agent):
+    """The files that define the agent and the rest; they may be the same."""
     module = sys.modules[type(agent).__module__]
-    return Path(getattr(module, "__file__", "ppo.py")).stem
+    return [Path(getattr(module, "__file__", __file__)), Path(__file__)]
+
+
+def hash_of_program(agent):
+    texts = [path.read_bytes() for path in files_of_program(agent)]
+    return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 def get_random_states():
@@ -1493,11 +1511,20 @@ def load_checkpoint(folder):
     except FileNotFoundError as error:
         raise RunEnded(f"there is no {path}") from error
     except Exception as error:  # a file can be wrong in many ways
-        problem = type(error).__name__
-        raise RunEnded(f"{path} is not a whole checkpoint: {problem}") from error
+        raise RunEnded(f"{path} is not a whole checkpoint: {error!r}") from error
     if version != CHECKPOINT_VERSION:
         raise RunEnded(f"{path} was saved by another version of this program")
     return checkpoint
+
+
+def load_agent(agent, checkpoint):
+    """Give the agent the saved parameters. Raises RunEnded if they do not fit."""
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        env_id = checkpoint["args"]["env_id"]
+        message = f"{env_id} or the program has changed, and the agent does not fit"
+        raise RunEnded(f"{message}: {error}") from error
 
 
 def restore_or_reset(args, envs, agent, optimizer, checkpoint, restored_step):
@@ -1506,8 +1533,14 @@ def restore_or_reset(args, envs, agent, optimizer, checkpoint, restored_step):
     Returns the observations and the dones that the first step begins with.
     """
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_agent(agent, checkpoint)
+        # The settings of the optimizer are those of the program, and its state is the
+        # saved one.
+        saved = checkpoint["optimizer"]
+        saved["param_groups"] = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(saved)
+        if args.rank == 0 and checkpoint["program_hash"] != hash_of_program(agent):
+            print("note: the program has changed since this run was saved")
     copy_to_all_processes(agent)
 
     if restored_step:
