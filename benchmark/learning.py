@@ -1,129 +1,163 @@
-"""Do ppo.py and its variants learn, and what does each detail add? Many seeds, details switched off in turn.
+"""Do ppo.py and its variants learn, and what does each detail add? Many seeds of each.
 
     pip install '.[benchmark,box2d,mujoco,atari]'
-    python -m benchmark.learning        # about four hours on two cores; a second call goes on where one stopped
+    python -m benchmark.learning        # about four hours on two cores
     python -m benchmark.plots           # then draws what was saved
 
-Studies. "learning": 500,000 steps on three environments, beside published figures of other implementations. "example":
-LunarLander with settings of its own. "ablations": 100,000 steps on two environments, each time with one detail off (or
-a bonus on) and all else as by default. "continuous" and "atari": the variants. Runs go to parallel processes, one torch
-thread each. Every episode is saved: results/<study>/<environment>__<variant>.csv.gz has those of all seeds. The tables
-are results/learning.md and ablations.md; --table-only makes them of the saved episodes.
+A second call goes on where one stopped. There are five studies. "learning" is 500,000
+steps on three environments, beside published figures of other implementations.
+"example" is LunarLander with settings of its own. "ablations" is 100,000 steps on two
+environments, each time with one detail switched off (or a bonus on) and all else as by
+default. "continuous" and "atari" are the variants. Each run has one torch thread.
+
+Every episode is saved: results/<study>/<environment>__<variant>.csv.gz has those of all
+seeds. The tables are results/learning.md and ablations.md. --table-only makes them of
+the saved episodes.
 """
 
-import argparse
-import contextlib
-import gc
 import gzip
-import io
-import json
+import itertools
 import math
-import multiprocessing
 import os
-import platform
-import re
-import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import date
-from importlib.metadata import distributions
-from pathlib import Path
-from unittest import mock
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-import ppo
-from variants import atari, continuous_action
-
-RESULTS = Path(__file__).parent / "results"
-WINDOWS = 50  # points of a learning curve: each covers 2 % of a run's steps
-
-
-def loss_without_policy_clipping(*minibatch_and_args, ppo_loss=ppo.ppo_loss):
-    """ppo_loss, but its policy loss is that of a clip range that nothing leaves; --clip-coef still clips the values."""
-    *minibatch, args = minibatch_and_args
-    policy_alone = argparse.Namespace(**vars(args) | {"clip_coef": 1e30, "ent_coef": 0, "vf_coef": 0})
-    policy_loss, policy_stats = ppo_loss(*minibatch, policy_alone)
-    minibatch[4] = torch.zeros_like(minibatch[4])  # without advantages all but the policy loss is left
-    rest, stats = ppo_loss(*minibatch, argparse.Namespace(**vars(args) | {"norm_adv": False}))
-    return policy_loss + rest, stats | {"policy_loss": policy_stats["policy_loss"]}
+import ppo_atari
+import ppo_continuous_action
+from benchmark import runs
+from benchmark.details import DETAILS
+from benchmark.measures import WINDOWS, curve_mean, interval, last_100, table
+from benchmark.runs import ROOT
 
 
-def adam_with_eps_1e_minus_8(params, adam=torch.optim.Adam, **options):
-    return adam(params, **options | {"eps": 1e-8})
+@dataclass
+class Program:
+    """A program with its flags, as users start it."""
+
+    name: str
+    flags: str = ""
+    defaults: dict = field(default_factory=dict)  # of flags, as the program has them
 
 
-VARIANTS = {  # name: (label, flags, what takes the place of which function where there is no flag)
-    "default": ("default", "", {}),
-    "no_vectorization": ("1 one environment, 512 steps", "--num-envs 1 --num-steps 512", {}),
-    "torch_init": ("2 PyTorch's initialization", "", {"ppo.layer_init": lambda layer, *args, **options: layer}),
-    "adam_eps_1e-8": ("3 Adam's epsilon 1e-8", "", {"torch.optim.Adam": adam_with_eps_1e_minus_8}),
-    "no_anneal_lr": ("4 constant learning rate", "--no-anneal-lr", {}),
-    "no_gae": ("5 no GAE", "--no-gae", {}),
-    "one_minibatch": ("6 one minibatch", "--num-minibatches 1", {}),
-    "no_norm_adv": ("7 no advantage normalization", "--no-norm-adv", {}),
-    "no_policy_clipping": ("8 no policy clipping", "", {"ppo.ppo_loss": loss_without_policy_clipping}),
-    "no_clip_vloss": ("9 no value clipping", "--no-clip-vloss", {}),
-    "no_entropy_bonus": ("10 no entropy bonus", "--ent-coef 0", {}),
-    "no_gradient_clipping": ("11 no gradient clipping", "--max-grad-norm 1e30", {}),
-    "target_kl": ("bonus: target KL 0.015", "--target-kl 0.015", {}),
-    "bootstrap_truncation": ("bonus: bootstrap truncation", "--bootstrap-truncation", {}),
-}
-STUDIES = {  # name: (steps, seeds, environments, variants)
-    "learning": (500_000, 10, ("CartPole-v1", "Acrobot-v1", "LunarLander-v3"), ("default", "bootstrap_truncation")),
-    "ablations": (100_000, 10, ("CartPole-v1", "Acrobot-v1"), tuple(VARIANTS)),
-}
 LUNAR_LANDER = (
-    "--num-envs 16 --num-steps 1024 --num-minibatches 256 --learning-rate 0.001 --gamma 0.999 --gae-lambda 0.98 "
-    "--no-clip-vloss --bootstrap-truncation"
+    "--num-envs 16 --num-steps 1024 --num-minibatches 256 --learning-rate 0.001 "
+    "--gamma 0.999 --gae-lambda 0.98 --no-clip-vloss --bootstrap-truncation"
 )
-VARIANTS["lunar_lander"] = ("LunarLander's settings", LUNAR_LANDER, {})
-STUDIES["example"] = (1_000_000, 10, ("LunarLander-v3",), ("lunar_lander",))
-PROGRAMS = {"continuous_action": continuous_action, "atari": atari}  # the others are ppo.py
-VARIANTS |= {name: (f"variants/{name}.py", "", {}) for name in PROGRAMS}
-ROBOTS = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "InvertedPendulum-v5")
-STUDIES["continuous"] = (1_000_000, 5, ROBOTS, ("continuous_action",))
-STUDIES["atari"] = (500_000, 2, ("ALE/Breakout-v5",), ("atari",))
-PUBLISHED = {  # mean and deviation, as published; at 500,000 steps, if nothing else is said
-    "CartPole-v1": {"CleanRL's ppo.py": "490.04 ± 6.12", "openai/baselines' ppo2": "497.54 ± 4.02"},
-    "Acrobot-v1": {"CleanRL's ppo.py": "-86.36 ± 1.32", "openai/baselines' ppo2": "-81.82 ± 5.58"},
-    "Hopper-v5": {"CleanRL's ppo_continuous_action.py, Hopper-v4": "2382.86 ± 271.74"},
-    "Walker2d-v5": {"CleanRL's ppo_continuous_action.py, Walker2d-v4": "2287.95 ± 571.78"},
-    "HalfCheetah-v5": {"CleanRL's ppo_continuous_action.py, HalfCheetah-v4": "1442.64 ± 46.03"},
-    "InvertedPendulum-v5": {"CleanRL's ppo_continuous_action.py, InvertedPendulum-v4": "963.09 ± 22.20"},
-    "ALE/Breakout-v5": {"CleanRL's ppo_atari.py, 10,000,000 steps (not run here)": "414.66 ± 28.09"},
-    "ALE/Pong-v5": {"CleanRL's ppo_atari.py, 10,000,000 steps (not run here)": "20.36 ± 0.20"},
+PROGRAMS = {
+    "default": Program("ppo.py"),
+    "bootstrap_truncation": Program("ppo.py", "--bootstrap-truncation"),
+    "lunar_lander": Program("ppo.py", LUNAR_LANDER),
+    "continuous_action": Program(
+        "ppo_continuous_action.py", defaults=ppo_continuous_action.DEFAULTS
+    ),
+    "atari": Program("ppo_atari.py", defaults=ppo_atari.DEFAULTS),
 }
 
 
-def run(env_id, variant, seed, steps):
-    """Train once, in a folder that is then removed: what train() returns."""
-    _, flags, replacements = VARIANTS[variant]
-    with tempfile.TemporaryDirectory() as folder:
-        flags = f"--env-id={env_id} --seed={seed} --total-timesteps={steps} {flags}"
-        return train(folder, flags, replacements, PROGRAMS.get(variant, ppo))
+@dataclass
+class Study:
+    """Runs of each variant in each environment.
+
+    A variant is one of PROGRAMS or, in "ablations", one of DETAILS.
+    """
+
+    steps: int
+    seeds: int
+    env_ids: list
+    variants: list
 
 
-def train(folder, flags, replacements, program=ppo):
-    """Train once, in this folder: [(global_step, episodic_return), ...] and an error or ""."""
-    flags = ["--no-cuda", "--checkpoint-interval=0", *flags.split()]
-    out, err, error, here = io.StringIO(), io.StringIO(), "", os.getcwd()
-    with contextlib.ExitStack() as stack:
-        for name, replacement in replacements.items():
-            stack.enter_context(mock.patch(name, replacement))
-        stack.callback(gc.unfreeze)  # ppo.py freezes what it finds; in a process of many runs it would pile up
-        stack.callback(os.chdir, here)
-        os.chdir(folder)
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(err))  # where ppo.fail says why it gave up
-        try:
-            args = ppo.parse_args(flags, **getattr(program, "DEFAULTS", {}))
-            ppo.train(args, program.make_envs, program.Agent)
-        except (Exception, SystemExit) as e:  # one run that diverges must not end the others
-            error = next((line for line in err.getvalue().splitlines() if line.startswith("error: ")), repr(e))
-    found = re.findall(r"^global_step=(\d+), episodic_return=(\S+), episodic_length=\d+$", out.getvalue(), re.MULTILINE)
-    return [(int(step), round(float(r), 2)) for step, r in found], error or ("" if found else "no episode ended")
+STUDIES = {
+    "learning": Study(
+        steps=500_000,
+        seeds=10,
+        env_ids=["CartPole-v1", "Acrobot-v1", "LunarLander-v3"],
+        variants=["default", "bootstrap_truncation"],
+    ),
+    "ablations": Study(
+        steps=100_000,
+        seeds=10,
+        env_ids=["CartPole-v1", "Acrobot-v1"],
+        variants=list(DETAILS),
+    ),
+    "example": Study(
+        steps=1_000_000,
+        seeds=10,
+        env_ids=["LunarLander-v3"],
+        variants=["lunar_lander"],
+    ),
+    "continuous": Study(
+        steps=1_000_000,
+        seeds=5,
+        env_ids=["Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "InvertedPendulum-v5"],
+        variants=["continuous_action"],
+    ),
+    "atari": Study(
+        steps=500_000,
+        seeds=2,
+        env_ids=["ALE/Breakout-v5"],
+        variants=["atari"],
+    ),
+}
+
+# Mean and deviation as they were published, at 500,000 steps if nothing else is said.
+CONTINUOUS = "CleanRL's ppo_continuous_action.py"
+ATARI = "CleanRL's ppo_atari.py, 10,000,000 steps (not run here)"
+PUBLISHED = {
+    "CartPole-v1": {
+        "CleanRL's ppo.py": "490.04 ± 6.12",
+        "openai/baselines' ppo2": "497.54 ± 4.02",
+    },
+    "Acrobot-v1": {
+        "CleanRL's ppo.py": "-86.36 ± 1.32",
+        "openai/baselines' ppo2": "-81.82 ± 5.58",
+    },
+    "Hopper-v5": {f"{CONTINUOUS}, Hopper-v4": "2382.86 ± 271.74"},
+    "Walker2d-v5": {f"{CONTINUOUS}, Walker2d-v4": "2287.95 ± 571.78"},
+    "HalfCheetah-v5": {f"{CONTINUOUS}, HalfCheetah-v4": "1442.64 ± 46.03"},
+    "InvertedPendulum-v5": {f"{CONTINUOUS}, InvertedPendulum-v4": "963.09 ± 22.20"},
+    "ALE/Breakout-v5": {ATARI: "414.66 ± 28.09"},
+    "ALE/Pong-v5": {ATARI: "20.36 ± 0.20"},
+}
+PACKAGES = ["torch", "numpy", "gymnasium", "box2d", "mujoco", "ale-py"]
+
+
+# The runs
+
+
+def keys(studies, seeds):
+    """The runs of these studies: [(study, env_id, variant, seed), ...]."""
+    found = []
+    # Seed after seed, so that all comparisons grow at the same pace.
+    for seed in range(1, seeds + 1):
+        for name in studies:
+            study = STUDIES[name]
+            if seed <= study.seeds:
+                for env_id, variant in itertools.product(study.env_ids, study.variants):
+                    found.append((name, env_id, variant, seed))
+    return found
+
+
+def command(study, env_id, variant, seed, divisor=1):
+    """The command of a run, after the word python."""
+    if study == "ablations":
+        start = ["-m", "benchmark.details", variant]
+        flags, defaults = "", {}
+    else:
+        program = PROGRAMS[variant]
+        start = [ROOT / program.name]
+        flags, defaults = program.flags, program.defaults
+    steps = runs.shorten(STUDIES[study].steps, divisor, flags, **defaults)
+    return [
+        *start,
+        f"--env-id={env_id}",
+        f"--seed={seed}",
+        f"--total-timesteps={steps}",
+        "--no-cuda",
+        "--checkpoint-interval=0",
+        *flags.split(),
+    ]
 
 
 def path_of(results, study, env_id, variant):
@@ -131,221 +165,275 @@ def path_of(results, study, env_id, variant):
 
 
 def read_runs(results, study, env_id, variant):
-    """{seed: (global steps, returns)} of a saved file, two arrays of one entry per episode each."""
+    """{seed: (global steps, returns)} of a saved file, one entry for each episode."""
     path = path_of(results, study, env_id, variant)
-    rows = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2) if path.exists() else np.zeros((0, 3))
-    return {int(seed): tuple(rows[rows[:, 0] == seed, 1:].T) for seed in np.unique(rows[:, 0])}
+    if not path.exists():
+        return {}
+    rows = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+    episodes = {}
+    for seed in np.unique(rows[:, 0]):
+        steps, returns = rows[rows[:, 0] == seed, 1:].T
+        episodes[int(seed)] = steps, returns
+    return episodes
 
 
 def save_run(results, study, env_id, variant, seed, episodes):
-    """Add a run to a saved file. The same runs make the same file, byte by byte, in whatever order they finish."""
-    runs = read_runs(results, study, env_id, variant) | {seed: zip(*episodes, strict=True)}
-    rows = [(seed, int(step), float(r)) for seed in sorted(runs) for step, r in zip(*runs[seed], strict=True)]
-    text = "".join(f"{','.join(map(str, row))}\n" for row in [("seed", "global_step", "episodic_return"), *rows])
-    replace(path_of(results, study, env_id, variant), gzip.compress(text.encode(), mtime=0))
+    """Add a run, [(global_step, episodic_return), ...], to a saved file.
+
+    The same runs make the same file, byte by byte, in whatever order they end.
+    """
+    saved = read_runs(results, study, env_id, variant)
+    saved[seed] = zip(*episodes, strict=True)
+    lines = ["seed,global_step,episodic_return"]
+    for number in sorted(saved):
+        for step, episodic_return in zip(*saved[number], strict=True):
+            rounded = round(float(episodic_return), 2)
+            lines.append(f"{number},{int(step)},{rounded}")
+    text = "".join(f"{line}\n" for line in lines)
+    compressed = gzip.compress(text.encode(), mtime=0)
+    runs.write_whole(path_of(results, study, env_id, variant), compressed)
 
 
-def replace(path, data):
-    """Write all of a file or nothing of it, however the program ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_bytes(data)
-    os.replace(path.with_suffix(".tmp"), path)
+def read_facts(results):
+    """Where and when each study was run, and how runs failed; those run once more."""
+    default = {"machines": {}, "failed": {}}
+    return runs.read_json(results / "learning_facts.json", default)
 
 
-def machine():
-    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if "model name" in x), platform.processor())
-    versions = {x.name.lower(): x.version for x in distributions()}  # those of some environments may be missing
-    packages = ("torch", "numpy", "gymnasium", "box2d", "mujoco", "ale-py")
-    packages = ", ".join(f"{p} {versions[p]}" for p in packages if p in versions)
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}; Python {platform.python_version()}, {packages}"
+def run_all(results, studies, seeds, workers, divisor=1):
+    """Run what is not saved yet, and return the keys of these runs."""
+    commands = {}
+    saved = set()
+    for key in keys(studies, seeds):
+        commands[key] = command(*key, divisor)
+        *file, seed = key
+        if seed in read_runs(results, *file):
+            saved.add(key)
+    facts = read_facts(results)
 
-
-def in_parallel(function, calls, workers):
-    """Call the function with each value of ``calls``, {name: arguments}: (name, result) one by one as they finish."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes that are about to start
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(function, *arguments): name for name, arguments in calls.items()}
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), unit="run"):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what has not begun need not
-
-
-def run_all(results, studies, seeds, workers, divisor):
-    """Run what is not saved yet. learning_facts.json keeps where and when, and which runs failed; those run anew."""
-    path, where = results / "learning_facts.json", machine()
-    facts = json.loads(path.read_text()) if path.exists() else {"machines": {}, "failed": {}}
-    keys = [(study, env_id, v) for study in studies for env_id in STUDIES[study][2] for v in STUDIES[study][3]]
-    saved = {key: read_runs(results, *key) for key in keys}
-    # Seed by seed, so that all comparisons grow at the same pace.
-    wanted = [(*key, seed) for seed in range(1, seeds + 1) for key in keys if seed <= STUDIES[key[0]][1]]
-    jobs = [(*key, seed) for *key, seed in wanted if seed not in saved[tuple(key)]]
-    calls = {job: (*job[1:], STUDIES[job[0]][0] // divisor) for job in jobs}
-    for job, (episodes, error) in in_parallel(run, calls, workers):
-        facts["failed"].pop(" ".join(map(str, job)), None)
-        if error:
-            facts["failed"][" ".join(map(str, job))] = error
+    def save(key, run):
+        name = " ".join(map(str, key))
+        facts["failed"].pop(name, None)
+        if run.error or not run.episodes:
+            facts["failed"][name] = run.error or "no episode ended"
         else:
-            save_run(results, *job, episodes)
-        machines = facts["machines"].setdefault(job[0], {})
-        first, _ = machines.get(where, [str(date.today())] * 2)
-        machines[where] = [first, str(date.today())]
-        replace(path, (json.dumps(facts, indent=1) + "\n").encode())
-    return jobs
+            save_run(results, *key, run.episodes)
+        machines = facts["machines"].setdefault(key[0], {})
+        runs.note_machine(machines, PACKAGES)
+        runs.write_json(results / "learning_facts.json", facts)
+
+    return runs.run_missing(commands, saved, save, workers)
 
 
-def last_100(steps, returns, total):
-    """Mean return of a run's last 100 episodes: how good it ended."""
-    return returns[-100:].mean()
-
-
-def curve(steps, returns, total):
-    """The mean return of the episodes that ended in each of WINDOWS equal parts of the run; NaN where none did."""
-    window = np.minimum((steps - 1) * WINDOWS // total, WINDOWS - 1).astype(int)  # step 1 is the first, not step 0
-    counts, sums = np.bincount(window, minlength=WINDOWS), np.bincount(window, returns, minlength=WINDOWS)
-    return np.divide(sums, counts, out=np.full(WINDOWS, np.nan), where=counts > 0)
-
-
-def curve_mean(steps, returns, total):
-    """Mean of the learning curve: how soon a run was good, and whether it stayed so. Equal parts of a run count alike;
-    in the mean of all episodes those of its bad part would count more, or less, for being shorter or longer."""
-    return np.nanmean(curve(steps, returns, total))
+# The tables
 
 
 def measure(results, study, env_id, variant, function):
-    """{seed: what function says of that run}"""
-    runs = read_runs(results, study, env_id, variant)
-    return {seed: function(*run, STUDIES[study][0]) for seed, run in runs.items()}
+    """{seed: what the function says of that run}"""
+    total_steps = STUDIES[study].steps
+    measured = {}
+    for seed, (steps, returns) in read_runs(results, study, env_id, variant).items():
+        measured[seed] = function(steps, returns, total_steps)
+    return measured
 
 
 def effect(results, env_id, variant, function):
-    """Variant minus default, [one difference per seed]. Paired: two runs of a seed start from the same states and, but
-    for other initializations, from the same weights, and some never differ at all."""
-    ours, default = (measure(results, "ablations", env_id, v, function) for v in (variant, "default"))
-    return [ours[seed] - default[seed] for seed in ours if seed in default]
+    """A detail's run minus the default's, [one difference for each seed].
 
-
-def interval(values):
-    """The 95 % percentile bootstrap interval of the mean over the first axis, the seeds: 10,000 resamples."""
-    values = np.asarray(values)
-    chosen = np.random.default_rng(0).integers(len(values), size=(10_000, len(values)))
-    return np.percentile(values[chosen].mean(axis=1), [2.5, 97.5], axis=0)
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    Two runs of a seed start from the same states and, but for other initializations,
+    from the same weights. Some never differ at all.
+    """
+    switched = measure(results, "ablations", env_id, variant, function)
+    default = measure(results, "ablations", env_id, "default", function)
+    return [switched[seed] - default[seed] for seed in switched if seed in default]
 
 
 def learning_tables(results, studies, not_run=()):
-    pairs, summary, columns = [(name, env_id) for name in studies for env_id in STUDIES[name][2]], [], {}
-    for study, env_id in pairs:
-        for variant in STUDIES[study][3]:
-            values = measure(results, study, env_id, variant, last_100)
-            columns[f"{env_id} {VARIANTS[variant][1]}".strip()] = values
-            program = VARIANTS[variant][0] if variant in PROGRAMS else "ppo.py"
-            if x := list(values.values()):
-                low, high = interval(x)
-                spread = f"{np.mean(x):.2f} ± {np.std(x, ddof=1) if len(x) > 1 else math.nan:.2f}"
-                name = f"**{program}** {VARIANTS[variant][1]}".strip()
-                summary.append((env_id, name, len(x), spread, f"{low:.2f} to {high:.2f}"))
-        summary += [(env_id, name, "", spread, "") for name, spread in PUBLISHED.get(env_id, {}).items()]
-    summary += [(env_id, name, "", spread, "") for env_id in not_run for name, spread in PUBLISHED[env_id].items()]
-    seeds = sorted(set().union(*columns.values()))
-    per_seed = [(s, *(f"{x[s]:.2f}" if s in x else "" for x in columns.values())) for s in seeds]
-    header = ("environment", "program", "runs", "mean ± deviation", "95 % interval of the mean")
-    return f"{table(header, summary)}\n\nRun by run:\n\n{table(('seed', *columns), per_seed)}"
+    """One row for each program and environment, and one column for each of these."""
+    summary = []
+    columns = {}
+    for study in studies:
+        for env_id in STUDIES[study].env_ids:
+            for variant in STUDIES[study].variants:
+                program = PROGRAMS[variant]
+                values = measure(results, study, env_id, variant, last_100)
+                columns[f"{env_id} {program.flags}".strip()] = values
+                if values:
+                    name = f"**{program.name}** {program.flags}".strip()
+                    summary.append([env_id, name, *describe_runs(values)])
+            summary += published_rows(env_id)
+    for env_id in not_run:
+        summary += published_rows(env_id)
+
+    per_seed = []
+    for seed in sorted(set().union(*columns.values())):
+        cells = [f"{x[seed]:.2f}" if seed in x else "" for x in columns.values()]
+        per_seed.append([seed, *cells])
+
+    header = [
+        "environment",
+        "program",
+        "runs",
+        "mean ± deviation",
+        "95 % interval of the mean",
+    ]
+    runs_table = table(["seed", *columns], per_seed)
+    return f"{table(header, summary)}\n\nRun by run:\n\n{runs_table}"
+
+
+def describe_runs(values):
+    """How many there are, their mean and deviation, and the interval of the mean."""
+    values = list(values.values())
+    deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
+    low, high = interval(values)
+    mean = f"{np.mean(values):.2f} ± {deviation:.2f}"
+    return [len(values), mean, f"{low:.2f} to {high:.2f}"]
+
+
+def published_rows(env_id):
+    figures = PUBLISHED.get(env_id, {})
+    return [[env_id, program, "", figure, ""] for program, figure in figures.items()]
 
 
 def ablation_table(results, env_id):
-    header = ("", "runs", "same as default", "over the run", "minus default's", "at the end", "minus default's")
-    default, rows = read_runs(results, "ablations", env_id, "default"), []
-    for variant in STUDIES["ablations"][3]:
-        runs, is_default = read_runs(results, "ablations", env_id, variant), variant == "default"
-        same = sum(seed in default and np.array_equal(runs[seed], default[seed]) for seed in runs)
-        row = [VARIANTS[variant][0], len(runs), "" if is_default else same]
-        for function in (curve_mean, last_100):
-            values = list(measure(results, "ablations", env_id, variant, function).values())
-            differences = [] if is_default else effect(results, env_id, variant, function)
-            row.append(f"{np.mean(values):.1f}" if values else "")
-            low_to_high = " to ".join(f"{x:+.1f}" for x in interval(differences)) if differences else ""
-            row.append(f"{np.mean(differences):+.1f} ({low_to_high})" if differences else "")
-        rows.append(row)
+    default = read_runs(results, "ablations", env_id, "default")
+    rows = []
+    for variant in STUDIES["ablations"].variants:
+        switched = read_runs(results, "ablations", env_id, variant)
+        same = 0
+        for seed, episodes in switched.items():
+            same += seed in default and np.array_equal(episodes, default[seed])
+        if variant == "default":
+            same = ""
+        rows.append(
+            [
+                DETAILS[variant].label,
+                len(switched),
+                same,
+                *describe_effect(results, env_id, variant, curve_mean),
+                *describe_effect(results, env_id, variant, last_100),
+            ]
+        )
+    header = [
+        "",
+        "runs",
+        "same as default",
+        "over the run",
+        "minus default's",
+        "at the end",
+        "minus default's",
+    ]
     return f"## {env_id}\n\n{table(header, rows)}"
 
 
-def write_tables(results):
-    facts = json.loads((results / "learning_facts.json").read_text())
-    failed = "; ".join(f"{job}: {error}" for job, error in facts["failed"].items()) or "none"
+def describe_effect(results, env_id, variant, function):
+    """A variant's mean, and the mean difference to the default with its interval."""
+    values = list(measure(results, "ablations", env_id, variant, function).values())
+    mean = f"{np.mean(values):.1f}" if values else ""
+    differences = effect(results, env_id, variant, function)
+    if variant == "default" or not differences:
+        return [mean, ""]
+    low, high = interval(differences)
+    return [mean, f"{np.mean(differences):+.1f} ({low:+.1f} to {high:+.1f})"]
 
-    def made(*studies):  # where and when
-        machines = {name: dates for study in studies for name, dates in facts["machines"].get(study, {}).items()}
-        where = "; ".join(f"{' to '.join(sorted(set(dates)))}, {name}" for name, dates in machines.items())
-        return f"`python -m benchmark.learning`, {where}; one torch thread for each run. Runs that failed: {failed}."
 
-    ablations = "\n\n".join(ablation_table(results, env_id) for env_id in STUDIES["ablations"][2])
-    texts = {
-        "learning": f"""# Learning
+LEARNING_TEXT = """# Learning
 
-Of each run, the mean return of its last 100 episodes; of all runs, the mean and **sample** deviation over seeds
-(ddof 1), and the 95 % percentile bootstrap interval of the mean. The figures of the other programs are published ones,
-on older versions of the environments and libraries: CleanRL's of 3 seeds, with the **population** deviation (ddof 0;
-over 3 seeds 0.82 times the sample's); those of baselines as Huang et al. give them, without saying which.
+Of each run, the mean return of its last 100 episodes; of all runs, the mean and \
+**sample** deviation over seeds
+(ddof 1), and the 95 % percentile bootstrap interval of the mean. The figures of the \
+other programs are published ones,
+on older versions of the environments and libraries: CleanRL's of 3 seeds, with the \
+**population** deviation (ddof 0;
+over 3 seeds 0.82 times the sample's); those of baselines as Huang et al. give them, \
+without saying which.
 
 ## ppo.py
 
-{made("learning", "example")}
+{made_programs}
 
 500,000 steps (the last row: 1,000,000), default flags but for those named.
 
-{learning_tables(results, ("learning", "example"))}
+{programs}
 
 ## The variants
 
-{made("continuous", "atari")}
+{made_variants}
 
-Default flags; {STUDIES["continuous"][0]:,} steps of the robots, {STUDIES["atari"][0]:,} (2,000,000 frames) of the game.
+Default flags; {continuous_steps:,} steps of the robots, {atari_steps:,} (2,000,000 \
+frames) of the game.
 
-{learning_tables(results, ("continuous", "atari"), not_run=("ALE/Pong-v5",))}
-""",
-        "ablations": f"""# Ablations
+{variants}
+"""
 
-{made("ablations")}
+ABLATIONS_TEXT = """# Ablations
 
-100,000 steps. The numbers are those of the details in ppo.py: each is switched off alone (a bonus: on). "Over the run"
-is the mean of the learning curve of {WINDOWS} points, each the mean return of the episodes that ended in that part of
-the run's steps: how soon it was good. "At the end" is the mean return of the last 100 episodes. Both are means over
-seeds. Differences are taken seed by seed; after their mean, its 95 % percentile bootstrap interval. "Same as default"
-counts the seeds whose every episode is the default's: there, what was switched never acted.
+{made}
 
-{ablations}
-""",
-    }
-    for name, text in texts.items():
-        replace(results / f"{name}.md", text.encode())
+100,000 steps. The numbers are those of the details in ppo.py: each is switched off \
+alone (a bonus: on). "Over the run"
+is the mean of the learning curve of {windows} points, each the mean return of the \
+episodes that ended in that part of
+the run's steps: how soon it was good. "At the end" is the mean return of the last 100 \
+episodes. Both are means over
+seeds. Differences are taken seed by seed; after their mean, its 95 % percentile \
+bootstrap interval. "Same as default"
+counts the seeds whose every episode is the default's: there, what was switched never \
+acted.
+
+{tables}
+"""
+
+
+def write_tables(results):
+    """Write learning.md and ablations.md, and print them."""
+    facts = read_facts(results)
+    failed = [f"{key}: {error}" for key, error in facts["failed"].items()]
+    failed = "; ".join(failed) or "none"
+
+    def made(*studies):
+        """Say where and when."""
+        machines = {}
+        for study in studies:
+            machines |= facts["machines"].get(study, {})
+        machines = runs.describe_machines(machines)
+        return (
+            f"`python -m benchmark.learning`, {machines}; one torch thread for each "
+            f"run. Runs that failed: {failed}."
+        )
+
+    learning_text = LEARNING_TEXT.format(
+        made_programs=made("learning", "example"),
+        programs=learning_tables(results, ["learning", "example"]),
+        made_variants=made("continuous", "atari"),
+        continuous_steps=STUDIES["continuous"].steps,
+        atari_steps=STUDIES["atari"].steps,
+        variants=learning_tables(results, ["continuous", "atari"], ["ALE/Pong-v5"]),
+    )
+    env_ids = STUDIES["ablations"].env_ids
+    ablation_tables = [ablation_table(results, env_id) for env_id in env_ids]
+    ablations_text = ABLATIONS_TEXT.format(
+        made=made("ablations"),
+        windows=WINDOWS,
+        tables="\n\n".join(ablation_tables),
+    )
+    for name, text in {"learning": learning_text, "ablations": ablations_text}.items():
+        runs.write_whole(results / f"{name}.md", text)
         print(text)
 
 
-def parse_args(parser):
-    """The parser's flags and those that it shares with benchmark.study."""
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--steps-divisor", type=int, default=1, help="shorten every run, to try the benchmark itself")
-    parser.add_argument("--table-only", action="store_true", help="run nothing, make the tables of the saved runs anew")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the tables and the saved runs")
-    args = parser.parse_args()
-    if args.steps_divisor != 1 and args.results == RESULTS:
-        parser.error("--steps-divisor makes runs that are not to be kept: --results must name another folder")
-    return args
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
-    parser.add_argument("--seeds", type=int, default=10, help="at most; the variants, which are slow, have fewer")
-    args = parse_args(parser)
+def main(argv=None):
+    """Run what the flags say, and write the tables."""
+    parser = runs.make_parser(__doc__)
+    add = parser.add_argument
+    add("--studies", nargs="+", default=list(STUDIES), choices=list(STUDIES))
+    add("--seeds", type=int, default=10, help="at most; the slow variants have fewer")
+    add("--workers", type=int, default=os.cpu_count(), help="runs at a time")
+    args = runs.parse_args(parser, argv)
     if not args.table_only:
-        run_all(args.results, args.studies, args.seeds, args.workers, args.steps_divisor)
+        run_all(
+            args.results, args.studies, args.seeds, args.workers, args.steps_divisor
+        )
     write_tables(args.results)
 
 

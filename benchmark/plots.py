@@ -1,208 +1,434 @@
-"""Draw what benchmark.study, benchmark.learning and benchmark.throughput saved.
+"""Draw what the benchmarks have saved.
 
-    python -m benchmark.plots        # makes the .svg files: study, reuse, learning, variants, ablations and throughput
+    python -m benchmark.plots
 
-The pictures lie beside the saved rows that they show. The same rows make the same files, byte by byte.
+This makes the .svg files of results/: study, reuse, learning, variants, ablations,
+throughput and scaling. The same rows make the same files, byte by byte.
 """
 
 import argparse
-import csv
 import math
 import statistics
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.ticker import LogLocator
 
-from benchmark import learning, study, throughput
+from benchmark import learning, scaling, study, throughput
+from benchmark.details import DETAILS
+from benchmark.measures import WINDOWS, curve, curve_mean, interval
+from benchmark.runs import RESULTS
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402  (a screen is not needed, and must not be looked for)
-
-BLUE, RED, GRAY = "#0072B2", "#D55E00", "#888888"  # Okabe and Ito's, for all kinds of colour vision
+# These are Okabe and Ito's, for all kinds of color vision.
+BLUE = "#0072B2"
+RED = "#D55E00"
+GREEN = "#009E73"
+GRAY = "#888888"
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "svg.hashsalt": "ppo",  # with no date in the file, the same numbers make the same file
+    "svg.hashsalt": "ppo",  # with no date in the file, the same numbers make the same
 }
 
 
+# What each detail does at each learning rate
+
+
 def draw_study(results):
-    """What each variant changes at each learning rate: a heat map, with the default's own return in its first row."""
-    settings = {env_id: rates for (env_id, setting), (_, _, rates, _) in study.SETTINGS.items() if setting == "rates"}
-    options = {"layout": "constrained", "sharey": True, "width_ratios": [len(rates) for rates in settings.values()]}
-    figure, panels = plt.subplots(1, len(settings), figsize=(8.6, 5.0), **options)
-    variants = [v for v in study.DETAILS if v != "default"]
-    colors = matplotlib.colors.LinearSegmentedColormap.from_list("", (RED, "#FFFFFF", BLUE))
-    for panel, (env_id, rates) in zip(panels, settings.items(), strict=True):
+    """A heat map of the effects, with the default's own return in its first row."""
+    rates = {}
+    for (env_id, name), setting in study.SETTINGS.items():
+        if name == "rates":
+            rates[env_id] = setting.rates
+    figure, panels = plt.subplots(
+        1,
+        len(rates),
+        figsize=(8.6, 5.0),
+        layout="constrained",
+        sharey=True,
+        width_ratios=[len(rates[env_id]) for env_id in rates],
+    )
+    variants = [variant for variant in DETAILS if variant != "default"]
+    for panel, env_id in zip(panels, rates, strict=True):
         rows = study.read_rows(results, env_id, "rates")
-        effects = [[study.effect(rows, v, rate) for rate in rates] for v in variants]
-        means = np.array([[np.mean(x) for x in row] for row in effects])
-        largest = np.abs(means).max()
-        image = panel.imshow(means, colors, vmin=-largest, vmax=largest, aspect="auto")
-        for (y, x), mean in np.ndenumerate(means):
-            found = study.excludes_zero(effects[y][x])
-            if found:
-                box = plt.Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, fill=False, linewidth=1.2, edgecolor="black")
-                panel.add_patch(box)
-            style = {"weight": "bold" if found else "normal", "color": "white" if mean > 0.7 * largest else "black"}
-            text = f"{mean:+.0f}".replace("-", "−") if any(effects[y][x]) else "="
-            panel.text(x, y, text, ha="center", va="center", **style)
-        for x, rate in enumerate(rates):
-            default = study.mean_of(rows, "default", rate, "mean_return", ".0f").replace("-", "−")
-            panel.text(x, -1.15, default, ha="center", va="center")
-        panel.set_xticks(range(len(rates)), [f"{2.5e-4 * rate:g}\n× {rate}" for rate in rates])
-        panel.set(title=env_id, xlabel="learning rate", ylim=(len(variants) - 0.5, -1.7))
-        panel.axhline(variants.index("target_kl") - 0.5, color="black", linewidth=0.8)  # below: switched on, not off
-        panel.spines[:].set_visible(False)
-        panel.tick_params(length=0)
-        bar = figure.colorbar(image, ax=panel, location="bottom", aspect=10 * len(rates), pad=0.02)
+        image = draw_effects(panel, rows, variants, rates[env_id])
+        panel.set_title(env_id)
+        bar = figure.colorbar(
+            image,
+            ax=panel,
+            location="bottom",
+            aspect=10 * len(rates[env_id]),
+            pad=0.02,
+        )
         bar.set_label("difference to the default\n← worse   |   better →")
         bar.outline.set_visible(False)
-    labels = ["default: return over the run", *(study.VARIANTS[v][0] for v in variants)]
+
+    labels = [DETAILS[variant].label for variant in variants]
+    labels = ["default: return over the run", *labels]
     panels[0].set_yticks([-1.15, *range(len(variants))], labels)
-    note = "framed: the 95 % interval of the mean over the seeds excludes zero      =: every run is the default's"
-    figure.supxlabel(note, fontsize=9)
+    figure.supxlabel(
+        "framed: the 95 % interval of the mean over the seeds excludes zero      "
+        "=: every run is the default's",
+        fontsize=9,
+    )
     return figure
+
+
+def draw_effects(panel, rows, variants, rates):
+    """One panel of the heat map: a row for each variant, a column for each rate."""
+    means = np.zeros((len(variants), len(rates)))
+    for y, variant in enumerate(variants):
+        for x, rate in enumerate(rates):
+            means[y, x] = np.mean(study.effect(rows, variant, rate))
+    largest = np.abs(means).max()
+    colors = LinearSegmentedColormap.from_list("", (RED, "#FFFFFF", BLUE))
+    image = panel.imshow(means, colors, vmin=-largest, vmax=largest, aspect="auto")
+
+    for (y, x), mean in np.ndenumerate(means):
+        effects = study.effect(rows, variants[y], rates[x])
+        weight = "normal"
+        if study.excludes_zero(effects):
+            weight = "bold"
+            frame = plt.Rectangle(
+                (x - 0.46, y - 0.44),
+                0.92,
+                0.88,
+                fill=False,
+                linewidth=1.2,
+                edgecolor="black",
+            )
+            panel.add_patch(frame)
+        panel.text(
+            x,
+            y,
+            f"{mean:+.0f}".replace("-", MINUS) if any(effects) else "=",
+            ha="center",
+            va="center",
+            weight=weight,
+            color="white" if mean > 0.7 * largest else "black",
+        )
+    for x, rate in enumerate(rates):
+        default = study.mean_of(rows, "default", rate, "mean_return", ".0f")
+        default = default.replace("-", MINUS)
+        panel.text(x, -1.15, default, ha="center", va="center")
+
+    labels = [f"{2.5e-4 * rate:g}\n{TIMES} {rate}" for rate in rates]
+    panel.set_xticks(range(len(rates)), labels)
+    panel.set(xlabel="learning rate", ylim=(len(variants) - 0.5, -1.7))
+    # What stands below this line is switched on, not off.
+    panel.axhline(variants.index("target_kl") - 0.5, color="black", linewidth=0.8)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+    return image
 
 
 def draw_reuse(results):
-    """10 epochs for each batch: the return, and how far and how often the policy strays: means over seeds with their
-    95 % intervals."""
-    rows, rates = study.read_rows(results, "CartPole-v1", "reuse"), study.SETTINGS["CartPole-v1", "reuse"][2]
-    figure, panels = plt.subplots(1, 3, figsize=(8.6, 3.0), layout="constrained", sharey=True)
-    names = {"mean_return": "return over the run", "kl_mean": "approx_kl, nats", "clipfrac": "clipfrac"}
-    for panel, (name, title) in zip(panels, names.items(), strict=True):
-        for i, (rate, color, marker) in enumerate(zip(rates, (BLUE, RED), "os", strict=True)):
-            for y, variant in enumerate(study.REUSE):
-                values = [x for x in study.measure(rows, variant, rate, name).values() if math.isfinite(x)]
-                y += 0.24 * (i - 0.5)  # side by side, not on top of each other
-                label = f"learning rate {2.5e-4 * rate:g} (× {rate})" if y < 0.5 else None
-                panel.plot(learning.interval(values), (y, y), color=color, linewidth=2, solid_capstyle="round")
-                panel.plot(np.mean(values), y, marker, color=color, markersize=6, label=label)
+    """With 10 epochs for each batch: the return, and how far the policy strays.
+
+    These are means over the seeds with their 95 % intervals.
+    """
+    rows = study.read_rows(results, "CartPole-v1", "reuse")
+    setting = study.SETTINGS["CartPole-v1", "reuse"]
+    figure, panels = plt.subplots(
+        1, 3, figsize=(8.6, 3.0), layout="constrained", sharey=True
+    )
+    titles = {
+        "mean_return": "return over the run",
+        "kl_mean": "approx_kl, nats",
+        "clipfrac": "clipfrac",
+    }
+    lower, higher = setting.rates
+    for panel, (name, title) in zip(panels, titles.items(), strict=True):
+        draw_reuse_of_rate(panel, rows, name, lower, BLUE, "o", shift=-0.12)
+        draw_reuse_of_rate(panel, rows, name, higher, RED, "s", shift=0.12)
         panel.set_title(title)
         panel.grid(axis="x", alpha=0.25)
-    panels[0].set_yticks(range(len(study.REUSE)), [study.VARIANTS[v][0] for v in study.REUSE])
+
+    labels = [DETAILS[variant].label for variant in setting.variants]
+    panels[0].set_yticks(range(len(labels)), labels)
     panels[0].invert_yaxis()
     panels[1].set_xscale("log")
-    panels[1].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1,)))
+    panels[1].xaxis.set_major_locator(LogLocator(subs=(1,)))
     panels[1].xaxis.set_major_formatter("{x:g}")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 
-def draw_curves(panel, results, study, env_id, variant, color, label):
-    """Return against steps, mean over seeds with its 95 % interval. Returns the number of seeds."""
-    total = learning.STUDIES[study][0]
-    steps = (np.arange(learning.WINDOWS) + 0.5) * total / learning.WINDOWS / 1000  # the middle of each window
-    curves = list(learning.measure(results, study, env_id, variant, learning.curve).values())
-    if curves:
-        panel.plot(steps, np.mean(curves, axis=0), color=color, label=label)
-        panel.fill_between(steps, *learning.interval(curves), color=color, alpha=0.2, linewidth=0)
-    panel.set(title=env_id, xlabel="environment steps, thousands", xlim=(0, total / 1000))
-    panel.grid(alpha=0.25)
-    return len(curves)
+def draw_reuse_of_rate(panel, rows, name, rate, color, marker, shift):
+    """A point and an interval for each variant; the shift puts rates side by side."""
+    for y, variant in enumerate(study.REUSE):
+        values = study.measure(rows, variant, rate, name).values()
+        values = [value for value in values if math.isfinite(value)]
+        label = None
+        if y == 0:
+            label = f"learning rate {2.5e-4 * rate:g} ({TIMES} {rate})"
+        draw_interval(panel, values, y + shift, color, marker, label)
 
 
-def draw_published(panel, env_id, label="{}, at the end"):
-    for name, text in list(learning.PUBLISHED.get(env_id, {}).items())[:1]:
-        panel.axhline(float(text.split()[0]), color=GRAY, linestyle=":", label=label.format(name))
+def draw_interval(panel, values, y, color, marker="o", label=None):
+    """The mean and its interval."""
+    panel.plot(
+        interval(values), (y, y), color=color, linewidth=2, solid_capstyle="round"
+    )
+    panel.plot(np.mean(values), y, marker, color=color, markersize=6, label=label)
+
+
+# Learning curves
 
 
 def draw_learning(results):
-    """Return against steps on the environments of ppo.py itself."""
-    _, _, env_ids, variants = learning.STUDIES["learning"]
-    figure, panels = plt.subplots(1, len(env_ids), figsize=(8.6, 3.0), layout="constrained")
-    for panel, env_id in zip(panels, env_ids, strict=True):
-        for variant, color in zip(variants, (BLUE, RED), strict=True):
-            label = f"ppo.py {learning.VARIANTS[variant][1]}"
-            seeds = draw_curves(panel, results, "learning", env_id, variant, color, label)
-        draw_published(panel, env_id)
+    """Return against steps in the environments of ppo.py itself."""
+    learned = learning.STUDIES["learning"]
+    figure, panels = plt.subplots(
+        1, len(learned.env_ids), figsize=(8.6, 3.0), layout="constrained"
+    )
+    for panel, env_id in zip(panels, learned.env_ids, strict=True):
+        for variant, color in zip(learned.variants, (BLUE, RED), strict=True):
+            label = f"ppo.py {learning.PROGRAMS[variant].flags}"
+            seeds = draw_curve(
+                panel, results, "learning", env_id, variant, color, label
+            )
+        draw_published(panel, env_id, "{}, at the end")
     panels[0].set_ylabel(f"return of an episode\n({seeds} seeds: mean, 95 % interval)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
 
 
 def draw_variants(results):
     """Return against steps on the robots and the game of the variants."""
-    panels = [(name, env_id) for name in ("continuous", "atari") for env_id in learning.STUDIES[name][2]]
+    pairs = []
+    for name in ("continuous", "atari"):
+        pairs += [(name, env_id) for env_id in learning.STUDIES[name].env_ids]
     figure, axes = plt.subplots(2, 3, figsize=(8.6, 4.6), layout="constrained")
-    for panel, (name, env_id) in zip(axes.flat, panels, strict=False):
-        (variant,) = learning.STUDIES[name][3]
-        seeds = draw_curves(panel, results, name, env_id, variant, BLUE, "mean over seeds, 95 % interval")
+    for panel, (name, env_id) in zip(axes.flat, pairs, strict=False):
+        (variant,) = learning.STUDIES[name].variants
+        label = "mean over seeds, 95 % interval"
+        seeds = draw_curve(panel, results, name, env_id, variant, BLUE, label)
         if name == "continuous":
             draw_published(panel, env_id, "CleanRL's, at the end, on v4")
         panel.set_title(f"{env_id} ({seeds} seeds)")
     for panel in axes[:, 0]:
         panel.set_ylabel("return of an episode")
     axes[1, 2].set_axis_off()
-    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[1, 2].legend(handles, labels, loc="center")
     return figure
 
 
+def draw_curve(panel, results, name, env_id, variant, color, label):
+    """The mean over the seeds with its 95 % interval. Returns the number of seeds."""
+    total = learning.STUDIES[name].steps
+    middles = (np.arange(WINDOWS) + 0.5) * total / WINDOWS / 1000
+    curves = learning.measure(results, name, env_id, variant, curve)
+    curves = list(curves.values())
+    if curves:
+        low, high = interval(curves)
+        panel.plot(middles, np.mean(curves, axis=0), color=color, label=label)
+        panel.fill_between(middles, low, high, color=color, alpha=0.2, linewidth=0)
+    panel.set(
+        title=env_id,
+        xlabel="environment steps, thousands",
+        xlim=(0, total / 1000),
+    )
+    panel.grid(alpha=0.25)
+    return len(curves)
+
+
+def draw_published(panel, env_id, label):
+    """The first of the published figures, as a line."""
+    for program, figure in list(learning.PUBLISHED.get(env_id, {}).items())[:1]:
+        mean = float(figure.split()[0])
+        panel.axhline(mean, color=GRAY, linestyle=":", label=label.format(program))
+
+
+# What each detail adds to the default
+
+
 def draw_ablations(results):
-    """What each variant changes in the mean return over the run, with the 95 % interval of the mean."""
-    _, _, env_ids, (_, *variants) = learning.STUDIES["ablations"]
-    figure, panels = plt.subplots(1, len(env_ids), figsize=(8.6, 4.2), layout="constrained", sharey=True)
-    for panel, env_id in zip(panels, env_ids, strict=True):
+    """What each variant changes in the mean return over the run."""
+    ablations = learning.STUDIES["ablations"]
+    _, *variants = ablations.variants
+    figure, panels = plt.subplots(
+        1,
+        len(ablations.env_ids),
+        figsize=(8.6, 4.2),
+        layout="constrained",
+        sharey=True,
+    )
+    for panel, env_id in zip(panels, ablations.env_ids, strict=True):
         for y, variant in enumerate(variants):
-            differences = learning.effect(results, env_id, variant, learning.curve_mean) or [math.nan]
-            low, high = learning.interval(differences)
-            color = RED if high < 0 else BLUE if low > 0 else GRAY
-            panel.plot((low, high), (y, y), color=color, linewidth=2, solid_capstyle="round")
-            panel.plot(np.mean(differences), y, "o", color=color, markersize=6)
-        default = learning.measure(results, "ablations", env_id, "default", learning.curve_mean)
-        panel.axvline(0, color="black", linewidth=0.8, zorder=0)
-        panel.axhline(10.5, color=GRAY, linewidth=0.5, linestyle=":")  # what follows is switched on, not off
+            differences = learning.effect(results, env_id, variant, curve_mean)
+            differences = differences or [math.nan]
+            draw_interval(panel, differences, y, color_of(differences))
+        default = learning.measure(results, "ablations", env_id, "default", curve_mean)
         mean = np.mean(list(default.values()))
-        panel.set(title=env_id, xlabel=f"return over the run, minus the default's ({mean:.0f})\n← worse   |   better →")
+        panel.axvline(0, color="black", linewidth=0.8, zorder=0)
+        # What stands below this line is switched on, not off.
+        panel.axhline(10.5, color=GRAY, linewidth=0.5, linestyle=":")
+        panel.set(
+            title=env_id,
+            xlabel=f"return over the run, minus the default's ({mean:.0f})\n"
+            "← worse   |   better →",
+        )
         panel.grid(axis="x", alpha=0.25)
-    panels[0].set_yticks(range(len(variants)), [learning.VARIANTS[variant][0] for variant in variants])
+    labels = [DETAILS[variant].label for variant in variants]
+    panels[0].set_yticks(range(len(variants)), labels)
     panels[0].invert_yaxis()
     return figure
 
 
+def color_of(differences):
+    low, high = interval(differences)
+    if high < 0:
+        return RED
+    if low > 0:
+        return BLUE
+    return GRAY
+
+
+# Speed
+
+
 def draw_throughput(results):
-    """Steps per second by the number of environments, median and range of the repeats."""
-    rows = list(csv.DictReader((results / "throughput.csv").open()))
-    settings = [s for s in throughput.SETTINGS if s[0] == 100_000]
+    """Steps per second of several programs: the median, with the range."""
+    rows = throughput.read_rows(results)
+    settings = {}
+    for (steps, num_envs), programs in throughput.SETTINGS.items():
+        if steps == 100_000:
+            settings[num_envs] = programs
+    bars = {
+        "ppo": ("ppo.py", BLUE),
+        "sb3": ("Stable-Baselines3", RED),
+        "plain": ("plain version", GRAY),
+    }
     figure, panel = plt.subplots(figsize=(8.6, 3.0), layout="constrained")
-    programs = {"ppo": ("ppo.py", BLUE), "sb3": ("Stable-Baselines3", RED), "plain": ("plain version", GRAY)}
-    for i, (program, (label, color)) in enumerate(programs.items()):
-        for x, (steps, num_envs, shown) in enumerate(settings):
-            if program in shown:
-                wanted = (str(steps), str(num_envs), program)
-                sps = [float(r["sps"]) for r in rows if (r["steps"], r["num_envs"], r["program"]) == wanted]
-                median, x = statistics.median(sps), x + 0.27 * (i - (len(shown) - 1) / 2)
-                spread = [[median - min(sps)], [max(sps) - median]]
-                panel.bar(x, median, 0.25, color=color, label=label, yerr=spread, capsize=3)
-                text = f"{median / 1000:.1f}k"
-                panel.annotate(text, (x, max(sps)), (0, 3), textcoords="offset points", ha="center", va="bottom")
-    panel.set_xticks(range(len(settings)), [str(num_envs) for _, num_envs, _ in settings])
-    panel.set(xlabel="environments (CartPole-v1, 100,000 steps in all)", ylabel="steps per second")
+    for i, (program, (label, color)) in enumerate(bars.items()):
+        for group, (num_envs, programs) in enumerate(settings.items()):
+            if program not in programs:
+                continue
+            sps = throughput.column(rows, 100_000, num_envs, program, "sps")
+            median, errors = median_and_errors(sps)
+            x = group + 0.27 * (i - (len(programs) - 1) / 2)
+            panel.bar(x, median, 0.25, color=color, label=label, yerr=errors, capsize=3)
+            panel.annotate(
+                f"{median / 1000:.1f}k",
+                (x, max(sps)),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+            )
+    panel.set_xticks(range(len(settings)), map(str, settings))
+    panel.set(
+        xlabel="environments (CartPole-v1, 100,000 steps in all)",
+        ylabel="steps per second",
+    )
     panel.yaxis.set_major_formatter("{x:,.0f}")
-    handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    panel.legend(handles.values(), handles.keys(), loc="upper left")
+    handles, labels = panel.get_legend_handles_labels()
+    handle_of = dict(zip(labels, handles, strict=True))  # one for each program
+    panel.legend(handle_of.values(), handle_of.keys(), loc="upper left")
     return figure
 
 
+def draw_scaling(results):
+    """Steps per second by the number of environments: the median, with the range."""
+    rows = scaling.read_rows(results)
+    colors = {"vector_entry_point": BLUE, "sync": RED, "async": GREEN}
+    figure, panel = plt.subplots(figsize=(8.6, 3.6), layout="constrained")
+
+    def line(mode, sizes, addition="", **style):
+        medians = []
+        errors = [[], []]
+        for size in sizes:
+            sps = scaling.column(rows, f"{mode} {size}{addition}", "sps")
+            median, [[below], [above]] = median_and_errors(sps)
+            medians.append(median)
+            errors[0].append(below)
+            errors[1].append(above)
+        panel.errorbar(
+            sizes,
+            medians,
+            yerr=errors,
+            label=f"{mode}{addition}",
+            color=colors[mode],
+            capsize=3,
+            **style,
+        )
+
+    line(
+        "vector_entry_point",
+        [256],
+        ", 2 threads",
+        marker="*",
+        markersize=11,
+        linestyle="none",
+        zorder=3,
+    )
+    for mode in colors:
+        line(mode, list(scaling.STEPS[mode]), marker="o")
+    line(
+        "sync",
+        [16, 256],
+        ", 2 processes",
+        marker="s",
+        linestyle=":",
+        markerfacecolor="white",
+    )
+
+    panel.set(
+        xscale="log",
+        yscale="log",
+        xlabel="environments (CartPole-v1)",
+        ylabel="steps per second",
+    )
+    sizes = list(scaling.STEPS["sync"])
+    panel.set_xticks(sizes, map(str, sizes))
+    panel.minorticks_off()
+    panel.set_yticks([5_000, 10_000, 20_000, 50_000, 100_000, 200_000])
+    panel.yaxis.set_major_formatter("{x:,.0f}")
+    panel.grid(alpha=0.25)
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def median_and_errors(values):
+    """The median, and how far the range reaches below and above it: [[x], [y]]."""
+    median = statistics.median(values)
+    return median, [[median - min(values)], [max(values) - median]]
+
+
+PICTURES = {
+    "study": draw_study,
+    "reuse": draw_reuse,
+    "learning": draw_learning,
+    "variants": draw_variants,
+    "ablations": draw_ablations,
+    "throughput": draw_throughput,
+    "scaling": draw_scaling,
+}
+
+
 def main():
+    """Draw all pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=learning.RESULTS, help="folder of the saved results")
+    add = parser.add_argument
+    add("--results", type=Path, default=RESULTS, help="folder of what is saved")
     args = parser.parse_args()
+    plt.switch_backend("svg")  # it needs no screen
     with plt.rc_context(STYLE):
-        for name, draw in {
-            "study": draw_study,
-            "reuse": draw_reuse,
-            "learning": draw_learning,
-            "variants": draw_variants,
-            "ablations": draw_ablations,
-            "throughput": draw_throughput,
-        }.items():
-            draw(args.results).savefig(args.results / f"{name}.svg", metadata={"Date": None, "Creator": None})
+        for name, draw in PICTURES.items():
+            # Neither a date nor a version goes into the file.
+            metadata = {"Date": None, "Creator": None}
+            draw(args.results).savefig(args.results / f"{name}.svg", metadata=metadata)
 
 
 if __name__ == "__main__":

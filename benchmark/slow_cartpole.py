@@ -1,4 +1,7 @@
-"""CartPole with steps of 5 ms, for environments that wait: python ppo.py --env-id benchmark.slow:SlowCartPole-v0"""
+"""CartPole with steps of 5 ms, for environments that take their time.
+
+python ppo.py --env-id benchmark.slow_cartpole:SlowCartPole-v0
+"""
 
 import time
 

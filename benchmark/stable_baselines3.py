@@ -1,4 +1,9 @@
-"""Stable-Baselines3's PPO with the settings of ppo.py: the same algorithm, environments, threads and logging."""
+"""Stable-Baselines3's PPO with the settings of ppo.py, to compare the speed.
+
+    python -m benchmark.stable_baselines3 --num-envs 16
+
+The algorithm, environments, threads and logging are the same.
+"""
 
 import time
 
@@ -10,6 +15,7 @@ import ppo
 
 
 def train(args):
+    """Train as the flags say, and print the steps per second."""
     torch.set_num_threads(args.num_threads)
     envs = make_vec_env(args.env_id, n_envs=args.num_envs, seed=args.seed)
     model = PPO(
@@ -30,7 +36,8 @@ def train(args):
         device="cpu",
         seed=args.seed,
     )
-    steps, start = args.num_updates * args.batch_size, time.perf_counter()
+    steps = args.num_updates * args.batch_size
+    start = time.perf_counter()
     model.learn(steps)
     print(f"SPS={steps / (time.perf_counter() - start):.0f}")
 

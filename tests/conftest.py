@@ -1,14 +1,14 @@
-"""Shared tools: run ppo.py in a folder of its own, in this process or as a user would, and read what it printed."""
+"""What the tests share: they train here or start processes, and read the results."""
 
 import contextlib
-import io
-import multiprocessing
+import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,224 +23,334 @@ import ppo
 ROOT = Path(__file__).parent.parent
 
 
+# What a run leaves behind
+
+
 def parse_episodes(stdout):
-    """[(global_step, return, length), ...] of the printed episodes, in order."""
+    """[(global_step, return, length), ...] of the printed episodes, in their order."""
     pattern = r"^global_step=(\d+), episodic_return=(\S+), episodic_length=(\d+)$"
-    return [(int(step), float(r), int(n)) for step, r, n in re.findall(pattern, stdout, re.MULTILINE)]
+    found = re.findall(pattern, stdout, re.MULTILINE)
+    return [(int(step), float(r), int(length)) for step, r, length in found]
 
 
 def read_events(folder):
+    """All that is logged for TensorBoard in a folder."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     return events
 
 
 def scalars(folder):
-    """{tag: [(step, value), ...]} of all that TensorBoard shows, but for the speed."""
+    """{tag: [(step, value), ...]} of all curves of TensorBoard except the speed."""
     events = read_events(folder)
-    tags = set(events.Tags()["scalars"]) - {"charts/SPS"}
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        if tag != "charts/SPS":
+            curves[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return curves
 
 
-def progress(folder):
-    """(update, global_step) of the folder's checkpoint."""
-    _, checkpoint = ppo.load_checkpoint(str(folder))
-    return checkpoint["update"], checkpoint["update"] * checkpoint["args"]["batch_size"]
+def saved_step(folder):
+    """The global_step of a run's checkpoint."""
+    return ppo.load_checkpoint(folder)["global_step"]
 
 
 def same_parameters(folder, agent):
-    saved = ppo.load_checkpoint(str(folder))[1]["agent"]
-    return all(saved[name].equal(value) for name, value in agent.state_dict().items())
+    """Whether a run's checkpoint holds exactly the parameters of this agent."""
+    saved = ppo.load_checkpoint(folder)["agent"]
+    parameters = agent.state_dict()
+    assert saved.keys() == parameters.keys()
+    return all(saved[name].equal(parameters[name]) for name in saved)
+
+
+def assert_same_results(run, whole, after_step=0):
+    """Check that a run has the results of another one, with episodes from a step on."""
+    assert same_parameters(run.folder, whole.agent)
+    assert scalars(run.folder) == scalars(whole.folder)
+    expected = [episode for episode in whole.episodes if episode[0] > after_step]
+    assert run.episodes == expected != []
 
 
 def frames(path):
+    """The pictures of a video, (height, width, 3) each."""
     reader = imageio_ffmpeg.read_frames(str(path))
     width, height = next(reader)["size"]
-    return [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
+    return [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader]
 
 
 def wandb_records(folder):
-    """The records of an offline run's .wandb file: a LevelDB log of protocol buffers."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    """All records of an offline W&B run as dicts, printed by W&B's own reader.
 
-    data = next(folder.glob("*.wandb")).read_bytes()
-    position, part = 7, b""  # behind the file's own header
-    while position + 7 <= len(data):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        part += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield Record.FromString(part)
-            part = b""
+    ``folder`` is wandb/offline-run-... Each record has a "type", such as "run",
+    "history" or "exit", and its content under the name of its type.
+    """
+    inspect = start("-m", "wandb", "leet", "inspect", "--json", Path(folder).resolve())
+    result = finish(inspect)
+    assert result.code == 0, result.err
+    return [json.loads(line) for line in result.out.splitlines()]
+
+
+def wandb_history(folder):
+    """What an offline W&B run has logged, one dict for each row."""
+    records = wandb_records(folder)
+    rows = [record["history"] for record in records if record["type"] == "history"]
+    return [row["item"] for row in rows]
+
+
+# Runs in this process
+
+
+class Clock:
+    """Lets each run begin in a second of its own, without waiting for it.
+
+    A run's name and the order of TensorBoard's files depend on the second.
+    """
+
+    real_time = staticmethod(time.time)
+    latest = 0.0
+
+    @contextlib.contextmanager
+    def next_second(self):
+        now = self.real_time()
+        ahead = max(0.0, int(self.latest) + 1 - now)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(time, "time", lambda: self.real_time() + ahead)
+            try:
+                yield
+            finally:
+                self.latest = time.time()
+
+    def catch_up(self):
+        """Wait until the clock that other processes read has come this far."""
+        time.sleep(max(0.0, int(self.latest) + 1 - self.real_time()))
+
+
+CLOCK = Clock()
 
 
 @pytest.fixture(autouse=True)
 def workdir(tmp_path, monkeypatch):
-    """Every test runs in an empty folder, without network for W&B and without an account."""
+    """Run every test in an empty folder, without W&B's network, and clean up after it.
+
+    It also fails where a run has not given the handlers of signals back.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup runs the tests it would be ignored, by processes too,
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # and so would this one in the background of a script
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Where nohup runs the tests, or a script in the background, some are ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {number: signal.getsignal(number) for number in ppo.STOP_SIGNALS}
+
     yield tmp_path
+
     while STARTED:
-        for pid in left_behind(STARTED.pop(), patience=0):  # of a test that failed
+        process = STARTED.pop()
+        for pid in left_behind(process, patience=0):
             os.kill(pid, signal.SIGKILL)
-    assert handlers == {number: signal.getsignal(number) for number in handlers}  # a run restores them
+        process.wait()
+        process.stdout.close()
+        process.stderr_path.unlink()
+    assert handlers == {number: signal.getsignal(number) for number in handlers}
 
 
 @pytest.fixture
 def run(capsys, workdir):
-    """run("--seed 2") trains in this process: what was printed, the episodes, the run's folder and the agent."""
+    """run(flags) trains in this process; returns .agent, .out, .episodes, .folder.
 
-    def run(flags="", **kwargs):
-        before = set(Path("runs").glob("*"))
-        args = ppo.parse_args(flags.split())
-        if args.resume:  # TensorBoard reads event files in the order of their names: second, process, number
-            time.sleep(1 - time.time() % 1)
-        agent = ppo.train(args, **kwargs)
+    Other arguments are those of ppo.main: make_envs, Agent, and defaults of flags.
+    """
+
+    def run(flags="", make_envs=ppo.make_envs, Agent=ppo.Agent, **defaults):
+        with CLOCK.next_second(), new_folder() as folder:
+            args = ppo.parse_args(flags.split(), **defaults)
+            agent = ppo.train(args, make_envs, Agent)
         out = capsys.readouterr().out
-        (folder,) = {Path(args.resume)} if args.resume else set(Path("runs").glob("*")) - before
-        return SimpleNamespace(agent=agent, out=out, episodes=parse_episodes(out), folder=folder)
+        return SimpleNamespace(
+            agent=agent,
+            out=out,
+            episodes=parse_episodes(out),
+            folder=Path(args.resume) if args.resume else folder.path,
+        )
 
     return run
 
 
-@pytest.fixture
-def fails(capsys, workdir):
-    """fails("--seed -1") runs main, which must exit; returns the exit code and the single line of standard error."""
+@contextlib.contextmanager
+def new_folder():
+    """Yields an object whose .path is, at the end, the only new folder of runs/."""
+    folder = SimpleNamespace(path=None)
+    before = set(Path("runs").glob("*"))
+    try:
+        yield folder
+    finally:
+        new = set(Path("runs").glob("*")) - before
+        if len(new) == 1:
+            folder.path = new.pop()
 
-    def fails(flags, files_allowed=False):
-        with pytest.raises(SystemExit) as exit_info:
-            ppo.main(flags.split())
-        lines = capsys.readouterr().err.splitlines()
-        lines = [line for line in lines if "Warning" not in line and "logger." not in line and "XDG_" not in line]
-        assert len(lines) == 1 and lines[0].startswith("error: "), lines
-        if not files_allowed:
-            assert not any(workdir.iterdir()), "bad input left files behind"
-        return exit_info.value.code, lines[0]
+
+@pytest.fixture
+def exits(capsys, workdir):
+    """exits(flags) runs main, which must exit; returns .code, .out, .err, .episodes.
+
+    Other arguments are those of main.
+    """
+
+    def exits(flags, main=ppo.main, **kwargs):
+        capsys.readouterr()
+        with CLOCK.next_second(), pytest.raises(SystemExit) as exit_info:
+            main(flags.split(), **kwargs)
+        out, err = capsys.readouterr()
+        code = exit_info.value.code
+        return SimpleNamespace(
+            code=code, out=out, err=err, episodes=parse_episodes(out)
+        )
+
+    return exits
+
+
+@pytest.fixture
+def fails(exits, workdir):
+    """fails(flags) runs main, which must end with one line and without a traceback.
+
+    Returns the exit code and that line. Wrong input, code 2, leaves no file behind,
+    unless leaves_files says that it may.
+    """
+
+    def fails(flags, main=ppo.main, leaves_files=False, **kwargs):
+        before = sorted(workdir.rglob("*"))
+        result = exits(flags, main, **kwargs)
+        errors = re.findall(r"^error: .*$", result.err, re.MULTILINE)
+        assert len(errors) == 1, result.err
+        assert "Traceback" not in result.err, result.err
+        if result.code == 2 and not leaves_files:
+            assert sorted(workdir.rglob("*")) == before
+        return result.code, errors[0]
 
     return fails
 
 
+def agent_that_calls(function, update, num_steps=128, Agent=ppo.Agent):
+    """A class of agents that call function() once, in the middle of this update.
+
+    Updates are counted from 1, or from where the run was resumed.
+    """
+    steps_played = 0
+
+    class CallingAgent(Agent):
+        def get_action(self, obs):
+            nonlocal steps_played
+            steps_played += 1
+            return super().get_action(obs)
+
+        def evaluate_actions(self, obs, action):
+            nonlocal steps_played
+            if steps_played == update * num_steps:
+                steps_played += 1  # so it does not happen again
+                function()
+            return super().evaluate_actions(obs, action)
+
+    return CallingAgent
+
+
+class Crash(Exception):
+    """What breaks a run off on purpose."""
+
+
 @pytest.fixture
-def crash(run, monkeypatch, capsys):
-    """crash("--seed 2", update=3) breaks a run off in the middle of that update; returns its folder."""
+def crash(run, capsys):
+    """crash(flags, update=3) breaks a run off in its third update; returns its folder.
 
-    def crash(flags, update):
-        calls, compute = iter(range(1, update)), ppo.compute_advantages
+    Updates are counted as by agent_that_calls. Other arguments are those of run.
+    """
 
-        def broken(*args):
-            if next(calls, None) is None:
-                raise KeyError("a bug")
-            return compute(*args)
+    def crash(flags, update, Agent=ppo.Agent, **kwargs):
+        def break_off():
+            raise Crash
 
-        before = set(Path("runs").glob("*"))
-        with monkeypatch.context() as patch, pytest.raises(KeyError):
-            patch.setattr(ppo, "compute_advantages", broken)
-            run(flags)
+        defaults = {name: kwargs[name] for name in kwargs if name != "make_envs"}
+        args = ppo.parse_args(flags.split(), **defaults)
+        CrashingAgent = agent_that_calls(break_off, update, args.num_steps, Agent)
+        with new_folder() as folder, pytest.raises(Crash):
+            run(flags, Agent=CrashingAgent, **kwargs)
         capsys.readouterr()
-        resumed = re.search(r"--resume (\S+)", flags)
-        (folder,) = {Path(resumed[1])} if resumed else set(Path("runs").glob("*")) - before
-        return folder
+        return Path(args.resume) if args.resume else folder.path
 
     return crash
 
 
-def start(flags="", code=None, **kwargs):
-    """Start ppo.py, or code that imports it, in a process whose output can be read while it runs."""
-    command = ["-c", code] if code else [str(ROOT / "ppo.py")]
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), "."])}
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, *command, *flags.split()], text=True, env=env, **pipes, **kwargs)
-
-
-def finish(process):
-    """The rest of a started process's standard output, and its standard error."""
-    out, err = process.stdout.read(), process.stderr.read()  # communicate() forgets what readline() has buffered
-    process.wait(timeout=60)
-    return out, err
-
-
-def forked(flags, prepare=lambda: None):
-    """ppo.main in a copy of this process: its exit code, and what it printed before it ended, unless it was killed."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    out, err = io.StringIO(), io.StringIO()
-
-    def main():
-        prepare()
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                ppo.main(flags.split())
-        finally:
-            sender.send((out.getvalue(), err.getvalue()))
-
-    process = multiprocessing.get_context("fork").Process(target=main)
-    process.start()
-    sender.close()
-    try:
-        out, err = receiver.recv()
-    except EOFError:
-        out = err = ""
-    process.join(60)
-    return process.exitcode, out, err
-
-
-def spawn(flags="", script="ppo.py", **kwargs):
-    """Run the script in a fresh process, as a user would."""
-    command = [sys.executable, str(ROOT / script), *flags.split()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **kwargs)
-
-
-def python(code):
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-
+# Processes
 
 STARTED = []
 
 
-def launch(*command, cwd=None, **env):
-    """Start a command; returns the process, which left_behind() recognizes, with what it starts, by a variable."""
-    mark = f"PPO_TEST={time.monotonic_ns()}"
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | env | dict([mark.split("=")])
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    options = {"cwd": cwd, "env": env, "text": True, "start_new_session": True} | pipes
-    process = subprocess.Popen([sys.executable, "-W", "ignore", *map(str, command)], **options)
-    process.mark = mark
+def start(*command, cwd=None, **env):
+    """Start Python with these arguments, and return the process.
+
+    Its lines can be read from process.stdout while it runs. ``env`` are environment
+    variables. It leads a process group of its own, as a terminal's job does.
+    """
+    CLOCK.catch_up()
+    variables = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+        "STARTED_BY_TEST": str(time.monotonic_ns()),  # how left_behind() knows it
+        **env,
+    }
+    with tempfile.NamedTemporaryFile(delete=False) as stderr_file:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr_file,
+            text=True,
+            cwd=cwd,
+            env=variables,
+            start_new_session=True,
+        )
+    process.stderr_path = Path(stderr_file.name)
+    process.mark = f"STARTED_BY_TEST={variables['STARTED_BY_TEST']}"
     STARTED.append(process)
     return process
 
 
-def result_of(process, timeout=120):
-    """Wait for a started process; returns its exit code, standard output and standard error."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return SimpleNamespace(code=process.returncode, out=out, err=err, episodes=parse_episodes(out))
+def finish(process, timeout=120):
+    """Wait for a started process; returns .code, .err, and what is left of .out.
+
+    It also waits for the processes that this one has started, as long as they hold its
+    standard output.
+    """
+    parts = []
+    reader = threading.Thread(
+        target=lambda: parts.append(process.stdout.read()), daemon=True
+    )
+    reader.start()
+    reader.join(timeout)
+    err = process.stderr_path.read_text()
+    assert parts, f"still running after {timeout} seconds: {err}"
+    code = process.wait(timeout)
+    (out,) = parts
+    return SimpleNamespace(code=code, out=out, err=err, episodes=parse_episodes(out))
 
 
 def left_behind(process, patience=10):
-    """The ids of processes that a started one leaves behind, after some seconds in which they may end (Linux only)."""
+    """The ids of what a started process leaves behind after some seconds (on Linux)."""
     for _ in range(patience * 10 + 1):
         found = []
-        for environ in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):  # it ended, or is another user's
-                if process.mark.encode() in environ.read_bytes().split(b"\0"):
-                    found.append(int(environ.parent.name))
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # it has ended, or is another user's
+                if process.mark.encode() in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
         if not found:
             break
         time.sleep(0.1)
     return found
 
 
-def torchrun(flags, processes=2, script=ROOT / "ppo.py", **env):
-    """Start the script in so many processes, as torchrun does."""
-    options = ("--standalone", "--nproc-per-node", processes)
-    return launch("-m", "torch.distributed.run", *options, script, *flags.split(), **env)
+def torchrun(flags, processes=2, script=ROOT / "ppo.py", **options):
+    """Start a script in several processes, as torchrun does. Options: see start."""
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", processes]
+    return start(*launcher, script, *flags.split(), **options)

@@ -1,43 +1,57 @@
-"""Runs ppo.py as torchrun does, but keeps what each process computes: rank<i>.pt in the folder of DUMP, if it is set;
-or, where DIES is set, process 1 ends without a word in its tenth gradient step."""
+"""Trains as ppo.py does, and keeps what this process of torchrun has computed.
 
-import os
+The file is rank0.pt, or rank1.pt, in the working folder. With a file batch.pt there, it
+learns from its part of that batch only, instead of training.
+"""
+
+from pathlib import Path
 
 import torch
 
 import ppo
 
-kept = {"params": [], "grads": [], "batches": [], "approx_kl": []}  # of each gradient step
-ppo_loss, flat = ppo.ppo_loss, torch.nn.utils.parameters_to_vector
 
-
-class KeepingAdam(torch.optim.Adam):
-    def step(self):
-        params = self.param_groups[0]["params"]
-        kept["params"].append(flat(params).detach())
-        kept["grads"].append(flat([p.grad for p in params]))
-        super().step()
-        if "DIES" in os.environ and os.environ["RANK"] == "1" and len(kept["params"]) == 10:
-            os._exit(7)
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 class KeepingAgent(ppo.Agent):
-    def get_action_and_value(self, obs, action=None):
-        if action is not None:
-            kept["batches"].append([obs, action])
-        return super().get_action_and_value(obs, action)
+    """Keeps the parameters before each gradient step, and what the step is made of."""
+
+    def __init__(self, envs):
+        super().__init__(envs)
+        self.kept = {"parameters": [], "obs": [], "entropy": []}
+
+    def evaluate_actions(self, obs, action):
+        logprob, entropy, value = super().evaluate_actions(obs, action)
+        self.kept["parameters"].append(flat(self.parameters()))
+        self.kept["obs"].append(obs)
+        self.kept["entropy"].append(entropy.mean().item())
+        return logprob, entropy, value
 
 
-def keeping_loss(newlogprob, entropy, newvalue, *batch):
-    kept["batches"][-1] += batch[:-1]
-    loss, stats = ppo_loss(newlogprob, entropy, newvalue, *batch)
-    kept["approx_kl"].append(stats["approx_kl"])
-    return loss, stats
+def learn_from_part_of(batch, args):
+    """One update, in which a step is the gradient times the learning rate."""
+    agent = batch.pop("agent")
+    optimizer = torch.optim.SGD(agent.parameters(), args.learning_rate)
+    part = {
+        name: samples.chunk(args.world_size)[args.rank]
+        for name, samples in batch.items()
+    }
+    indices = torch.arange(len(part["b_obs"])).numpy()
+    with ppo.process_group(args, torch.device("cpu")):
+        ppo.update(args, agent, optimizer, b_inds=indices, **part)
+    return agent
 
 
 if __name__ == "__main__":
-    torch.optim.Adam, ppo.ppo_loss = KeepingAdam, keeping_loss
-    agent = ppo.train(ppo.parse_args(), Agent=KeepingAgent)
-    kept["params"].append(flat(agent.parameters()).detach())
-    if "DUMP" in os.environ:
-        torch.save(kept, os.path.join(os.environ["DUMP"], f"rank{os.environ['RANK']}.pt"))
+    args = ppo.parse_args()
+    if Path("batch.pt").exists():
+        batch = torch.load("batch.pt", weights_only=False)
+        agent = learn_from_part_of(batch, args)
+        kept = {}
+    else:
+        agent = ppo.train(args, Agent=KeepingAgent)
+        kept = agent.kept
+    kept["end"] = flat(agent.parameters())
+    torch.save(kept, f"rank{args.rank}.pt")

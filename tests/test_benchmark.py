@@ -1,337 +1,693 @@
-"""The benchmarks measure what they say, and what they saved is complete and makes the saved tables."""
+"""The benchmarks measure what they say, and what they saved makes the saved tables."""
 
 import csv
-import json
+import importlib.util
 import math
 import re
 import shutil
-import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_exactness import REFERENCE
+from conftest import ROOT
 
 import ppo
-from benchmark import learning, study
-from variants import atari, continuous_action
+import ppo_atari
+import ppo_continuous_action
+from benchmark import details, learning, measures, runs, scaling, study, throughput
+from benchmark.details import DETAILS
+
+# Measures
 
 
 def test_last_100_takes_the_last_100_episodes():
     returns = np.array([1000.0] * 5 + [1.0] * 50 + [3.0] * 50)
-    assert learning.last_100(np.arange(105), returns, 500) == 2
-    assert learning.last_100(np.arange(5), returns[:5], 500) == 1000  # fewer: all of them
+    assert measures.last_100(np.arange(105), returns, 500) == 2
+    assert measures.last_100(np.arange(5), returns[:5], 500) == 1000
 
 
-def test_curve_gives_equal_parts_of_a_run_equal_weight(monkeypatch):
-    monkeypatch.setattr(learning, "WINDOWS", 4)
-    steps, returns = np.array([1.0, 25, 26, 50, 100]), np.array([1.0, 3, 10, 20, 7])
-    np.testing.assert_array_equal(learning.curve(steps, returns, 100), [2, 15, np.nan, 7])
-    assert learning.curve_mean(steps, returns, 100) == 8
+def test_curve_gives_equal_parts_of_a_run_equal_weight():
+    steps = np.array([1, 2, 3, 4, 100])
+    returns = np.array([1.0, 3, 10, 20, 7])
+    curve = measures.curve(steps, returns, total_steps=100)
+    assert curve[[0, 1, 49]].tolist() == [2, 15, 7]
+    assert np.isnan(curve[2:49]).all()
+    assert measures.curve_mean(steps, returns, total_steps=100) == 8
 
 
 def test_interval_is_that_of_the_mean():
-    """Of a hundred coins, fifty heads: the resamples' heads are binomial (100, 1/2), with quantiles 40 and 60."""
-    np.testing.assert_allclose(learning.interval([0] * 50 + [1] * 50), [0.4, 0.6])
-    np.testing.assert_allclose(learning.interval([[0, 7]] * 50 + [[1, 7]] * 50), [[0.4, 7], [0.6, 7]])
+    """The heads of 100 coins are binomial (100, 1/2), with quantiles 40 and 60."""
+    coins = [0] * 50 + [1] * 50
+    np.testing.assert_allclose(measures.interval(coins), [0.4, 0.6])
+    two_columns = [[coin, 7] for coin in coins]
+    np.testing.assert_allclose(measures.interval(two_columns), [[0.4, 7], [0.6, 7]])
+
+
+def test_spread_is_the_median_with_the_range():
+    assert measures.spread([3000, 1000, 2500]) == "2,500 (1,000 to 3,000)"
+
+
+# Details that are switched off
+
+
+CHANGED = {
+    "no_vectorization": {"num_envs": 1, "local_num_envs": 1, "num_steps": 512},
+    "no_anneal_lr": {"anneal_lr": False},
+    "no_gae": {"gae": False},
+    "one_minibatch": {"num_minibatches": 1, "minibatch_size": 512},
+    "no_norm_adv": {"norm_adv": False},
+    "no_clip_vloss": {"clip_vloss": False},
+    "no_entropy_bonus": {"ent_coef": 0.0},
+    "no_gradient_clipping": {"max_grad_norm": 1e30},
+    "target_kl": {"target_kl": 0.015},
+    "bootstrap_truncation": {"bootstrap_truncation": True},
+}
+SHORT = "--total-timesteps=512 --update-epochs=1"
+
+
+@pytest.fixture
+def train(capsys, workdir):
+    """train("no_gae") trains without that detail: .agent, .out and its .checkpoint."""
+
+    def train(name, flags=SHORT):
+        agent = details.main([name, *flags.split()])
+        out = capsys.readouterr().out
+        checkpoint = ppo.load_checkpoint(ppo.find_run("newest"))
+        return SimpleNamespace(agent=agent, out=out, checkpoint=checkpoint)
+
+    return train
+
+
+@pytest.mark.parametrize("name", DETAILS)
+def test_a_detail_changes_what_it_names_and_nothing_else(name, train):
+    result = train(name)
+    expected = vars(ppo.parse_args(SHORT.split()))
+    assert result.checkpoint["args"] == expected | CHANGED.get(name, {})
+    (group,) = result.checkpoint["optimizer"]["param_groups"]
+    assert group["eps"] == (1e-8 if name == "adam_eps_1e-8" else 1e-5)
+    is_torch_init = isinstance(result.agent, details.TorchInitAgent)
+    assert is_torch_init == (name == "torch_init")
+
+
+@pytest.mark.parametrize("name", ["default", "no_policy_clipping"])
+def test_only_without_policy_clipping_a_run_is_another_one(name, train, run):
+    flags = "--total-timesteps=1024 --learning-rate=0.01 --update-epochs=2"
+    expected = run(flags).agent.state_dict()
+    trained = train(name, flags).agent.state_dict()
+    same = all(trained[key].equal(expected[key]) for key in expected)
+    assert same == (name == "default")
+
+
+def test_a_detail_that_does_not_exist_is_named(exits):
+    result = exits("no_details", main=details.main)
+    assert "no_details" in result.code
+
+
+def test_torch_init_is_pytorchs_default():
+    torch.manual_seed(5)
+    sizes = [(4, 64), (64, 64), (64, 1), (4, 64), (64, 64), (64, 2)]
+    expected = []
+    for size in sizes:
+        expected += torch.nn.Linear(*size).parameters()
+
+    torch.manual_seed(5)
+    envs = SimpleNamespace(
+        single_observation_space=SimpleNamespace(shape=(4,)),
+        single_action_space=SimpleNamespace(n=2),
+    )
+    agent = details.TorchInitAgent(envs)
+    for parameter, other in zip(agent.parameters(), expected, strict=True):
+        assert parameter.equal(other)
+
+
+def test_adam_steps_with_the_smaller_epsilon_as_long_as_it_is_asked_to():
+    def step():
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        parameter.grad = torch.full((1,), 1e-6)
+        torch.optim.Adam([parameter], lr=1.0, eps=1e-5, fused=True).step()
+        return parameter.item()
+
+    with details.adam_with_eps_1e_8():
+        small_epsilon = step()
+    assert small_epsilon == pytest.approx(-1e-6 / (1e-6 + 1e-8))
+    assert step() == pytest.approx(-1e-6 / (1e-6 + 1e-5))
+
+
+def updated(update, flags, batch_logprobs=None, optimizer_class=torch.optim.Adam):
+    """The agent and the numbers after an update with a batch of random data.
+
+    The values that were played with are far from those of now. So are the policies, if
+    no logprobs are given.
+    """
+    args = ppo.parse_args(flags.split())
+    torch.manual_seed(3)
+    np.random.seed(3)
+    envs = SimpleNamespace(
+        single_observation_space=SimpleNamespace(shape=(4,)),
+        single_action_space=SimpleNamespace(n=2),
+    )
+    agent = ppo.Agent(envs)
+    obs = torch.randn(64, 4)
+    actions = torch.randint(2, (64,))
+    logprobs = agent.evaluate_actions(obs, actions)[0].detach()
+    if batch_logprobs != "of now":
+        logprobs += torch.randn(64)
+    optimizer = optimizer_class(agent.parameters(), lr=0.01)
+    batch = {
+        "b_inds": np.arange(64),
+        "b_obs": obs,
+        "b_actions": actions,
+        "b_logprobs": logprobs,
+        "b_advantages": torch.randn(64),
+        "b_returns": torch.randn(64),
+        "b_values": torch.randn(64),
+    }
+    before = [parameter.detach().clone() for parameter in agent.parameters()]
+    stats = update(args, agent, optimizer, **batch)
+    return SimpleNamespace(agent=agent, stats=stats, batch=batch, before=before)
+
+
+def same_update(one, other):
+    pairs = zip(one.agent.parameters(), other.agent.parameters(), strict=True)
+    return all(a.equal(b) for a, b in pairs) and one.stats == other.stats
+
+
+@pytest.mark.parametrize("flags", ["", "--no-norm-adv", "--target-kl 0.01"])
+def test_without_policy_clipping_it_is_the_update_with_a_range_that_nothing_leaves(
+    flags,
+):
+    flags += " --clip-coef 1e9 --no-clip-vloss"
+    clipped = updated(ppo.update, flags)
+    unclipped = updated(details.update_without_policy_clipping, flags)
+    assert same_update(clipped, unclipped)
+
+
+def test_without_policy_clipping_values_are_still_clipped():
+    """In the first step all ratios are 1, so there is no policy to clip."""
+    flags = "--update-epochs 1 --num-minibatches 1"
+    update = details.update_without_policy_clipping
+    unclipped = updated(update, flags, "of now")
+    assert same_update(unclipped, updated(ppo.update, flags, "of now"))
+    no_clip_vloss = f"{flags} --no-clip-vloss"
+    assert not same_update(unclipped, updated(update, no_clip_vloss, "of now"))
+
+
+def test_without_policy_clipping_all_ratios_have_a_gradient():
+    flags = "--update-epochs 1 --num-minibatches 1 --max-grad-norm 1e9"
+    flags += " --no-norm-adv --ent-coef 0 --vf-coef 0"
+    update = details.update_without_policy_clipping
+    result = updated(update, flags, optimizer_class=torch.optim.SGD)
+    assert result.stats["clipfrac"] > 0.5
+
+    other = updated(lambda *args, **batch: {}, flags)
+    batch = other.batch
+    logprobs, _, _ = other.agent.evaluate_actions(batch["b_obs"], batch["b_actions"])
+    ratios = (logprobs - batch["b_logprobs"]).exp()
+    loss = -(batch["b_advantages"] * ratios).mean()
+    assert result.stats["policy_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    actor = list(other.agent.actor.parameters())
+    gradients = torch.autograd.grad(loss, actor)
+    for parameter, before, gradient in zip(
+        result.agent.actor.parameters(), actor, gradients, strict=True
+    ):
+        torch.testing.assert_close(parameter, before - 0.01 * gradient)
 
 
 @pytest.mark.parametrize(
-    "variant, changed",
+    ("flags", "counts"),
+    [("", "16 16"), ("--target-kl 0", "4 4"), ("--num-minibatches 8", "32 32")],
+)
+def test_minibatches_of_each_update_are_counted(flags, counts, train):
+    result = train("default", f"--total-timesteps=1024 {flags}")
+    assert result.out.splitlines()[-1] == f"minibatches: {counts}"
+
+
+# Runs
+
+
+def test_a_run_leaves_its_episodes_its_curves_and_what_it_took():
+    """The default's 25,000 steps are those of the reference implementation."""
+    command = [ROOT / "ppo.py", "--total-timesteps=25000", "--no-cuda"]
+    run = runs.run(command)
+    with (ROOT / "tests" / "cartpole_seed1_25k.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    expected = [(int(r["global_step"]), float(r["episodic_return"])) for r in rows]
+    assert run.episodes == expected
+    assert len(run.scalars["losses/approx_kl"]) == 48
+    assert run.error == ""
+    assert run.steps_per_second > 25000 / run.wall_seconds
+    assert 50 < run.peak_mib < 2000
+
+
+def test_a_speed_that_a_program_prints_is_read():
+    assert runs.run(["-c", "print('SPS=1234')"]).steps_per_second == 1234
+
+
+def test_a_program_that_fails_ends_the_benchmark_with_its_error():
+    with pytest.raises(RuntimeError, match="the motor is hot"):
+        runs.run(["-c", "raise ValueError('the motor is hot')"])
+
+
+def test_a_run_that_diverges_is_a_result():
+    setting = "CartPole-v1", "rates"
+    command = study.command(*setting, "no_norm_adv", rate=1e33, seed=1, divisor=150)
+    flags = study.flags_of(*setting, rate=1e33)
+    measured = study.measure_run(runs.run(command), "CartPole-v1", flags, steps=1000)
+    assert "diverged" in measured["error"]
+    assert measured["last_100"] == study.UNTRAINED["CartPole-v1"]
+    assert measured["epochs"] == 4
+
+
+def test_what_is_saved_does_not_run_again():
+    commands = {name: ["-c", f"print('{name}')"] for name in "abc"}
+    saved = {}
+
+    def save(key, run):
+        saved[key] = run.output
+
+    assert runs.run_missing(commands, {"b"}, save) == ["a", "c"]
+    assert saved == {"a": "a\n", "c": "c\n"}
+
+
+def test_so_many_workers_run_at_the_same_time(workdir):
+    """Each of two runs ends only when the other one has begun."""
+    code = """
+import sys, time
+from pathlib import Path
+ours, other = map(Path, sys.argv[1:])
+ours.touch()
+deadline = time.monotonic() + 60
+while not other.exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+"""
+    a, b = workdir / "a", workdir / "b"
+    commands = {"a": ["-c", code, a, b], "b": ["-c", code, b, a]}
+    saved = []
+    runs.run_missing(commands, (), lambda key, run: saved.append(key), workers=2)
+    assert sorted(saved) == ["a", "b"]
+
+
+def test_an_error_ends_what_has_not_begun(workdir):
+    commands = {"first": ["-c", "raise ValueError"]}
+    for i in range(100):
+        code = f"import time; time.sleep(0.2); open('{workdir / str(i)}', 'w')"
+        commands[i] = ["-c", code]
+    with pytest.raises(RuntimeError):
+        runs.run_missing(commands, (), lambda key, run: None)
+    assert len(list(workdir.iterdir())) < 50
+
+
+def test_a_shortened_run_has_at_least_one_batch():
+    assert runs.shorten(100_000, 100, "--num-envs 4") == 1000
+    assert runs.shorten(100_000, 100, "--num-envs 256") == 256 * 128
+    assert runs.shorten(100_000, 100, "", **ppo_continuous_action.DEFAULTS) == 2048
+
+
+def test_shortened_runs_are_not_kept_among_the_results(tmp_path, capsys):
+    parser = runs.make_parser("A benchmark.")
+    with pytest.raises(SystemExit):
+        runs.parse_args(parser, ["--steps-divisor", "100"])
+    assert "--results must name another folder" in capsys.readouterr().err
+    flags = ["--steps-divisor", "100", "--results", str(tmp_path)]
+    assert runs.parse_args(parser, flags).results == tmp_path
+
+
+def test_machines_have_their_first_and_last_day():
+    machines = {"an old one": ["2026-01-01", "2026-01-02"]}
+    runs.note_machine(machines, ["torch"])
+    runs.note_machine(machines, ["torch"])
+    _, (machine, (first_day, last_day)) = machines.items()
+    assert f"torch {torch.__version__}" in machine
+    text = runs.describe_machines(machines)
+    assert text.startswith("2026-01-01 to 2026-01-02, an old one; ")
+    assert text.endswith(f"; {first_day}, {machine}") or first_day != last_day
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "tables"),
     [
-        ("default", {}),
-        ("no_vectorization", {"num_envs": 1, "local_num_envs": 1, "num_steps": 512}),
-        ("torch_init", {}),
-        ("adam_eps_1e-8", {}),
-        ("no_anneal_lr", {"anneal_lr": False}),
-        ("no_gae", {"gae": False}),
-        ("one_minibatch", {"num_minibatches": 1, "minibatch_size": 512}),
-        ("no_norm_adv", {"norm_adv": False}),
-        ("no_policy_clipping", {}),
-        ("no_clip_vloss", {"clip_vloss": False}),
-        ("no_entropy_bonus", {"ent_coef": 0}),
-        ("no_gradient_clipping", {"max_grad_norm": 1e30}),
-        ("target_kl", {"target_kl": 0.015}),
-        ("bootstrap_truncation", {"bootstrap_truncation": True}),
+        (learning, ["learning.md", "ablations.md"]),
+        (study, ["study.md"]),
+        (throughput, ["throughput.md"]),
+        (scaling, ["scaling.md"]),
     ],
 )
-def test_variant_changes_the_flags_that_it_names_and_no_others(variant, changed, monkeypatch):
-    def functions():
-        return {
-            "ppo.layer_init": ppo.layer_init,
-            "torch.optim.Adam": torch.optim.Adam,
-            "ppo.ppo_loss": ppo.ppo_loss,
-            "ppo.compute_advantages": ppo.compute_advantages,
-        }
-
-    given, original = {}, functions()
-    monkeypatch.setattr(ppo, "train", lambda args, *_: given.update(vars(args) | functions()))
-    learning.run("CartPole-v1", variant, 3, 25000)
-    expected = vars(ppo.parse_args(["--seed=3", "--no-cuda", "--checkpoint-interval=0"]))
-    assert given == expected | original | learning.VARIANTS[variant][2] | changed
-    assert functions() == original  # and puts back what it replaced
+def test_what_is_saved_makes_the_saved_tables(benchmark, tables, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(runs.RESULTS, results)
+    for name in tables:
+        (results / name).unlink()
+    benchmark.main(["--table-only", "--results", str(results)])
+    for name in tables:
+        assert (results / name).read_bytes() == (runs.RESULTS / name).read_bytes()
 
 
-def test_torch_init_is_pytorch_s_default(monkeypatch):
-    torch.manual_seed(5)
-    sizes = [(4, 64), (64, 64), (64, 1), (4, 64), (64, 64), (64, 2)]
-    expected = [p for size in sizes for p in torch.nn.Linear(*size).parameters()]
-    monkeypatch.setattr(ppo, "layer_init", learning.VARIANTS["torch_init"][2]["ppo.layer_init"])
-    torch.manual_seed(5)
-    spaces = {"single_observation_space": SimpleNamespace(shape=(4,)), "single_action_space": SimpleNamespace(n=2)}
-    for p, q in zip(ppo.Agent(SimpleNamespace(**spaces)).parameters(), expected, strict=True):
-        assert p.equal(q)
+# Learning
+
+LUNAR_LANDER = {
+    "num_envs": 16,
+    "num_steps": 1024,
+    "num_minibatches": 256,
+    "learning_rate": 0.001,
+    "gamma": 0.999,
+    "gae_lambda": 0.98,
+    "clip_vloss": False,
+    "bootstrap_truncation": True,
+}
 
 
-def test_adam_eps_changes_only_the_epsilon():
-    given = []
-    adam = learning.VARIANTS["adam_eps_1e-8"][2]["torch.optim.Adam"]
-    adam("params", adam=lambda *params, **options: given.append((params, options)), lr=0.1, eps=1e-5, fused=True)
-    assert given == [(("params",), {"lr": 0.1, "eps": 1e-8, "fused": True})]
-
-
-def test_no_policy_clipping_unclips_the_policy_loss_and_leaves_the_rest():
-    args, generator = ppo.parse_args([]), torch.Generator().manual_seed(1)
-    logprobs, advantages, returns, values = torch.randn((4, 64), generator=generator)
-    new = (*torch.randn((3, 64), generator=generator).requires_grad_(),)  # log-probabilities, entropies and values
-    loss, stats = learning.loss_without_policy_clipping(*new, logprobs, advantages, returns, values, args)
-    clipped_loss, clipped = ppo.ppo_loss(*new, logprobs, advantages, returns, values, args)
-    assert clipped["clipfrac"] > 0.5
-    normalized = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy_loss = -(normalized * (new[0] - logprobs).exp()).mean()
-    torch.testing.assert_close(stats.pop("policy_loss"), policy_loss.detach())
-    torch.testing.assert_close(loss, clipped_loss - clipped.pop("policy_loss") + policy_loss)
-    assert stats == clipped
-    grads = [torch.autograd.grad(x, new, retain_graph=True) for x in (loss, clipped_loss)]
-    torch.testing.assert_close(grads[0][0], torch.autograd.grad(policy_loss, new[0], retain_graph=True)[0])
-    assert not torch.allclose(grads[0][0], grads[1][0])
-    torch.testing.assert_close(grads[0][1:], grads[1][1:])
-
-
-def test_default_run_is_the_reference_and_a_replacement_changes_it():
-    rows = [(int(r["global_step"]), float(r["episodic_return"])) for r in csv.DictReader(REFERENCE.open())]
-    assert learning.run("CartPole-v1", "default", 1, 25000) == (rows, "")
-    for variant in ("torch_init", "adam_eps_1e-8"):
-        episodes, error = learning.run("CartPole-v1", variant, 1, 2048)
-        assert episodes and not error and episodes != rows[: len(episodes)]
-
-
-@pytest.mark.parametrize("variant, module", [("continuous_action", continuous_action), ("atari", atari)])
-def test_variants_are_trained_as_their_programs_do(variant, module, monkeypatch):
-    given = []
-    monkeypatch.setattr(ppo, "train", lambda *args: given.append(args))
-    learning.run("SomeEnv-v0", variant, 3, 50000)
-    flags = "--env-id SomeEnv-v0 --seed 3 --total-timesteps 50000 --no-cuda --checkpoint-interval 0"
-    assert given == [(ppo.parse_args(flags.split(), **module.DEFAULTS), module.make_envs, module.Agent)]
-
-
-def test_a_run_that_diverges_is_an_error_not_the_end(monkeypatch):
-    monkeypatch.setitem(learning.VARIANTS, "default", ("", "--learning-rate 1e30 --no-norm-adv", {}))
-    episodes, error = learning.run("CartPole-v1", "default", 1, 2048)
-    assert re.match(r"error: update \d+ .* diverged", error)
-
-
-def test_runs_are_saved_and_not_repeated_and_failures_are_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "STUDIES", {"learning": (1024, 2, ("CartPole-v1", "Nope-v0"), ("default",))})
-    monkeypatch.setattr(learning, "machine", lambda: "a machine")
-    nope = [("learning", "Nope-v0", "default", seed) for seed in (1, 2)]
-    assert len(learning.run_all(tmp_path, ["learning"], seeds=3, workers=1, divisor=1)) == 4  # of 2 seeds
-    runs = learning.read_runs(tmp_path, "learning", "CartPole-v1", "default")
-    for seed in (1, 2):
-        steps, returns = runs[seed]
-        assert list(zip(steps, returns, strict=True)) == learning.run("CartPole-v1", "default", seed, 1024)[0]
-    (saved,) = tmp_path.glob("learning/*")
-    before = saved.read_bytes()
-    assert learning.run_all(tmp_path, ["learning"], seeds=2, workers=1, divisor=1) == nope
-    assert saved.read_bytes() == before
-    facts = json.loads((tmp_path / "learning_facts.json").read_text())
-    assert sorted(facts["failed"]) == [" ".join(map(str, job)) for job in nope]
-    assert all("Nope" in error for error in facts["failed"].values())
-
-
-def test_an_error_ends_the_calls_that_have_not_begun(tmp_path):
-    calls = {0: (-1,)} | {i: (0.1,) for i in range(1, 500)}
-    start = time.perf_counter()
-    with pytest.raises(ValueError):  # nobody sleeps less than no time
-        list(learning.in_parallel(time.sleep, calls, 1))
-    assert time.perf_counter() - start < 25
-
-
-def test_returns_are_saved_to_two_decimals_and_come_back(tmp_path):
-    job = (tmp_path, "learning", "LunarLander-v3", "default")
-    learning.save_run(*job, 2, [(7, -1234.57), (1_000_001, 2.0)])
-    learning.save_run(*job, 1, [(9, 0.25)])
-    runs = learning.read_runs(*job)
-    assert {s: np.transpose(x).tolist() for s, x in runs.items()} == {
-        1: [[9, 0.25]],
-        2: [[7, -1234.57], [1_000_001, 2]],
+@pytest.mark.parametrize(
+    ("study_name", "variant", "program", "changed"),
+    [
+        ("learning", "default", "ppo.py", {}),
+        (
+            "learning",
+            "bootstrap_truncation",
+            "ppo.py",
+            {"bootstrap_truncation": True},
+        ),
+        ("example", "lunar_lander", "ppo.py", LUNAR_LANDER),
+        (
+            "continuous",
+            "continuous_action",
+            "ppo_continuous_action.py",
+            ppo_continuous_action.DEFAULTS,
+        ),
+        ("atari", "atari", "ppo_atari.py", ppo_atari.DEFAULTS),
+    ],
+)
+def test_programs_are_run_with_their_defaults_and_the_flags_that_are_named(
+    study_name, variant, program, changed
+):
+    path, *flags = learning.command(study_name, "Some-v0", variant, seed=3)
+    assert path == ROOT / program
+    defaults = learning.PROGRAMS[variant].defaults
+    run = {
+        "env_id": "Some-v0",
+        "seed": 3,
+        "total_timesteps": learning.STUDIES[study_name].steps,
+        "cuda": False,
+        "checkpoint_interval": 0,
     }
-    other = (tmp_path / "other", *job[1:])
-    learning.save_run(*other, 1, [(9, 0.25)])
-    learning.save_run(*other, 2, [(7, -1234.57), (1_000_001, 2.0)])
-    assert learning.path_of(*job).read_bytes() == learning.path_of(*other).read_bytes()
+    expected = ppo.parse_args([], **changed | run)
+    assert ppo.parse_args(flags, **defaults) == expected
 
 
-def test_what_is_saved_is_complete_and_makes_the_saved_tables(tmp_path):
-    for name, (_, seeds, env_ids, variants) in learning.STUDIES.items():
-        for env_id in env_ids:
-            for variant in variants:
-                assert list(learning.read_runs(learning.RESULTS, name, env_id, variant)) == list(range(1, seeds + 1))
-    shutil.copytree(learning.RESULTS, tmp_path / "results")
-    learning.write_tables(tmp_path / "results")
-    for name in ("learning.md", "ablations.md"):
-        assert (tmp_path / "results" / name).read_text() == (learning.RESULTS / name).read_text()
+def test_every_detail_is_switched_off_in_every_environment_with_every_seed():
+    keys = learning.keys(["ablations"], seeds=20)
+    assert len(keys) == len(set(keys)) == 2 * len(DETAILS) * 10
+    for study_name, env_id, variant, seed in keys:
+        command = learning.command(study_name, env_id, variant, seed)
+        assert command[:3] == ["-m", "benchmark.details", variant]
+        args = ppo.parse_args(command[3:])
+        found = args.env_id, args.seed, args.total_timesteps
+        assert found == (env_id, seed, 100_000)
+
+
+def test_learning_goes_on_where_it_stopped_and_tells_what_failed(
+    tmp_path, monkeypatch, run
+):
+    """In so few steps no episode of Acrobot ends."""
+    tiny = learning.Study(
+        steps=1024,
+        seeds=1,
+        env_ids=["CartPole-v1", "Acrobot-v1"],
+        variants=["default", "bootstrap_truncation"],
+    )
+    monkeypatch.setitem(learning.STUDIES, "tiny", tiny)
+    for env_id in tiny.env_ids:
+        key = tmp_path, "tiny", env_id, "bootstrap_truncation"
+        learning.save_run(*key, seed=1, episodes=[(9, 0.25)])
+    failed = {"tiny CartPole-v1 default 1": "diverged, last time"}
+    facts = {"machines": {}, "failed": failed}
+    runs.write_json(tmp_path / "learning_facts.json", facts)
+
+    keys = learning.run_all(tmp_path, ["tiny"], seeds=2, workers=2)
+    assert keys == [
+        ("tiny", "CartPole-v1", "default", 1),
+        ("tiny", "Acrobot-v1", "default", 1),
+    ]
+    saved = learning.read_runs(tmp_path, "tiny", "CartPole-v1", "default")
+    episodes = run("--total-timesteps 1024").episodes
+    expected = [(step, episodic_return) for step, episodic_return, _ in episodes]
+    assert np.transpose(saved[1]).tolist() == list(map(list, expected))
+    facts = learning.read_facts(tmp_path)
+    assert facts["failed"] == {"tiny Acrobot-v1 default 1": "no episode ended"}
+    assert len(facts["machines"]["tiny"]) == 1
+
+
+def test_returns_are_saved_to_two_decimals_and_come_back_in_any_order(tmp_path):
+    episodes = {1: [(9, 0.25)], 2: [(7, -1234.567), (1_000_001, 2.0)]}
+    files = []
+    for seeds in ([1, 2], [2, 1]):
+        key = tmp_path / str(seeds), "learning", "LunarLander-v3", "default"
+        for seed in seeds:
+            learning.save_run(*key, seed, episodes[seed])
+        files.append(learning.path_of(*key).read_bytes())
+    assert files[0] == files[1]
+    saved = learning.read_runs(*key)
+    assert np.transpose(saved[1]).tolist() == [[9, 0.25]]
+    assert np.transpose(saved[2]).tolist() == [[7, -1234.57], [1_000_001, 2]]
+
+
+def test_all_of_learning_is_saved():
+    saved = set()
+    wanted = learning.keys(learning.STUDIES, seeds=10)
+    for key in {key[:-1] for key in wanted}:
+        seeds = learning.read_runs(runs.RESULTS, *key)
+        saved |= {(*key, seed) for seed in seeds}
+    assert saved == set(wanted)
+
+
+# The study
 
 
 def row(mean_return=0.0, error="", **values):
-    return dict.fromkeys(study.MEASURES, 1.0) | {"mean_return": mean_return, "error": error} | values
+    ones = dict.fromkeys(study.MEASURES, 1.0)
+    return ones | {"mean_return": mean_return, "error": error} | values
 
 
 def made_up(returns):
     """Rows of {variant: {rate: [return of seed 1, of seed 2, ...]}}."""
-    return {
-        (variant, rate, seed): row(value)
-        for variant, rates in returns.items()
-        for rate, values in rates.items()
-        for seed, value in enumerate(values, 1)
+    rows = {}
+    for variant, rates in returns.items():
+        for rate, values in rates.items():
+            for seed, value in enumerate(values, start=1):
+                rows[variant, rate, seed] = row(value)
+    return rows
+
+
+def test_the_study_trains_as_it_says():
+    command = study.command("CartPole-v1", "reuse", "target_kl", rate=30, seed=2)
+    assert command[:3] == ["-m", "benchmark.details", "target_kl"]
+    expected = {
+        "num_envs": 16,
+        "num_steps": 32,
+        "vectorization_mode": "vector_entry_point",
+        "update_epochs": 10,
+        "learning_rate": 0.0075,
+        "total_timesteps": 150_000,
+        "seed": 2,
+        "cuda": False,
+        "checkpoint_interval": 0,
     }
+    assert ppo.parse_args(command[3:]) == ppo.parse_args([], **expected)
 
 
-def test_study_trains_as_it_says_and_measures_what_the_run_logged(monkeypatch):
-    given, train = [], ppo.train
-    monkeypatch.setattr(ppo, "train", lambda args, *parts: given.append(args) or train(args, *parts))
-    variants = ("default", "no_policy_clipping")
-    measured = [study.run("CartPole-v1", "reuse", variant, 30, 2, 2048) for variant in variants]
-    expected = "--num-envs 16 --num-steps 32 --vectorization-mode vector_entry_point --update-epochs 10 --seed 2"
-    expected += " --total-timesteps 2048 --learning-rate 0.0075 --no-cuda --checkpoint-interval 0"
-    assert given == [ppo.parse_args(expected.split())] * 2
-    for values in measured:
-        assert list(values) == list(study.MEASURES)
-        assert values["error"] == "" and values["epochs"] == 10 and values["ended_early"] == 0
-        assert 0 < values["kl_median"] <= values["kl_max"] and 0 < values["clipfrac"] < 1
-        assert 9 < values["mean_return"] < 500 and values["explained_variance"] < 1
-    assert measured[0] != measured[1] and measured[0] == study.run("CartPole-v1", "reuse", "default", 30, 2, 2048)
+def test_the_study_measures_what_a_run_has_left():
+    output = "".join(
+        f"global_step={step}, episodic_return={episodic_return}, episodic_length=9\n"
+        for step, episodic_return in [(10, 30.0), (20, 50.0), (100, 100.0)]
+    )
+    run = runs.Run(
+        output=f"{output}minibatches: 16 8\n",
+        error="",
+        scalars={
+            "losses/approx_kl": np.array([1.0, 2.0, 6.0]),
+            "losses/clipfrac": np.array([0.1, 0.3]),
+            "losses/explained_variance": np.array([0.1, np.nan, 0.2, 0.6, -np.inf]),
+        },
+        wall_seconds=1.0,
+        peak_mib=1.0,
+    )
+    measured = study.measure_run(run, "CartPole-v1", "", steps=100)
+    assert measured == pytest.approx(
+        {
+            "mean_return": (5 * 30 + 5 * 50 + 40 * 100) / 50,
+            "last_100": 60,
+            "kl_mean": 3,
+            "kl_median": 2,
+            "kl_max": 6,
+            "clipfrac": 0.2,
+            "explained_variance": 0.3,
+            "explained_variance_median": 0.2,
+            "epochs": 3,
+            "ended_early": 0.5,
+            "error": "",
+        }
+    )
 
 
-def test_study_reads_one_value_for_each_update(tmp_path):
-    flags = "--total-timesteps 2048 --num-envs 2 --num-steps 128"
-    episodes, error = learning.train(tmp_path, flags, {})
-    scalars = study.read_scalars(tmp_path)
-    assert len(episodes) > 0 and error == ""
-    assert {len(values) for values in scalars.values()} == {8}
-    assert set(scalars) > {"losses/approx_kl", "losses/clipfrac", "losses/explained_variance"}
-    assert study.read_scalars(tmp_path / "nothing") == {}
-
-
-def test_study_counts_epochs_that_target_kl_left_out(monkeypatch):
-    monkeypatch.setitem(study.VARIANTS, "target_kl", ("", "--target-kl 0", {}))
-    measured = study.run("CartPole-v1", "rates", "target_kl", 3, 1, 1024)
-    assert (measured["epochs"], measured["ended_early"]) == (1, 1)
-
-
-def test_study_a_diverged_run_is_a_result_and_any_other_failure_is_not(monkeypatch):
-    monkeypatch.setitem(study.VARIANTS, "default", ("", "--no-norm-adv", {}))
-    measured = study.run("CartPole-v1", "rates", "default", 1e33, 1, 1024)
-    assert re.match(r"error: update \d+ .* diverged", measured["error"])
-    assert measured["last_100"] == 20
-    monkeypatch.setitem(study.VARIANTS, "default", ("", "--no-such-flag", {}))
-    with pytest.raises(RuntimeError, match="no-such-flag"):
-        study.run("CartPole-v1", "rates", "default", 1, 1, 1024)
-
-
-def test_study_what_a_diverged_run_did_not_reach_counts_as_untrained(monkeypatch):
-    monkeypatch.setattr(learning, "WINDOWS", 4)
+def test_what_a_diverged_run_did_not_reach_counts_as_untrained():
     episodes = [(10, 30.0), (20, 50.0), (40, 100.0)]
-    assert study.returns("CartPole-v1", episodes, "", 100) == {"mean_return": 70, "last_100": 60}
-    assert study.returns("CartPole-v1", episodes, "diverged", 100) == {"mean_return": 45, "last_100": 20}
-    assert study.returns("CartPole-v1", [], "diverged", 100) == {"mean_return": 20, "last_100": 20}
+    reached = 5 * 30 + 5 * 50 + 10 * 100
+    measure = study.measure_returns
+    returns = measure("CartPole-v1", episodes, "", steps=100)
+    assert returns == {"mean_return": reached / 20, "last_100": 60}
+    returns = measure("CartPole-v1", episodes, "diverged", steps=100)
+    assert returns == {"mean_return": (reached + 30 * 20) / 50, "last_100": 20}
+    returns = measure("CartPole-v1", [], "diverged", steps=100)
+    assert returns == {"mean_return": 20, "last_100": 20}
 
 
-def test_study_where_no_episode_ended_those_that_ended_next_count(monkeypatch):
-    monkeypatch.setattr(learning, "WINDOWS", 4)
-    episodes = [(10, -50.0), (60, -20.0), (60, -10.0)]  # none from 25 to 50, none at the end
-    assert study.returns("Acrobot-v1", episodes, "", 100)["mean_return"] == (-50 - 15 - 15) / 3
+def test_where_no_episode_ended_those_that_ended_next_count():
+    episodes = [(10, -50.0), (60, -20.0), (60, -10.0)]  # and none at the end
+    returns = study.measure_returns("Acrobot-v1", episodes, "", steps=100)
+    assert returns["mean_return"] == (5 * -50 + 25 * -15) / 30
 
 
-def test_study_rows_are_saved_and_come_back_in_any_order(tmp_path):
-    (tmp_path / "other").mkdir()
-    rows = {("target_kl", 1, 2): row(12.25, kl_max=math.inf), ("default", 30, 1): row(-7.5, "error: a, b")}
-    for results, keys in ((tmp_path, list(rows)), (tmp_path / "other", list(rows)[::-1])):
+def test_rows_of_the_study_are_saved_and_come_back_in_any_order(tmp_path):
+    rows = {
+        ("target_kl", 1, 2): row(12.25, kl_max=math.inf),
+        ("default", 30, 1): row(-7.5, error="error: a, b"),
+    }
+    files = []
+    for keys in (list(rows), list(rows)[::-1]):
+        results = tmp_path / keys[0][0]
         for key in keys:
             study.save_row(results, "Acrobot-v1", "rates", key, rows[key])
         assert study.read_rows(results, "Acrobot-v1", "rates") == rows
-    paths = [study.path_of(results, "Acrobot-v1", "rates") for results in (tmp_path, tmp_path / "other")]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+        files.append(study.path_of(results, "Acrobot-v1", "rates").read_bytes())
+    assert files[0] == files[1]
 
 
-def test_study_effects_are_paired_by_seed():
-    rows = made_up({"default": {1: [10, 20, 30]}, "no_gae": {1: [11, 23]}})
+def test_effects_are_paired_by_seed():
+    returns = {"default": {1: [10, 20, 30]}, "no_gae": {1: [11, 23]}}
+    rows = made_up(returns)
     assert study.effect(rows, "no_gae", 1) == [1, 3]
     assert study.effect(rows, "no_gae", 3) == []
     assert study.describe([1, 3]) == "**+2 (+1 to +3)**"
     assert study.describe([-1, 3]) == "+1 (-1 to +3)"
-    assert not study.excludes_zero([1]) and not study.excludes_zero([0, 0])
+    assert not study.excludes_zero([1])
+    assert not study.excludes_zero([0, 0])
 
 
-def test_study_best_rate_is_chosen_on_the_other_half_of_the_seeds():
-    default = {1: [1, 9], 3: [4, 2]}  # seed 1 chooses rate 3, seed 2 rate 1
+def test_the_best_rate_is_chosen_on_the_other_half_of_the_seeds():
+    default = {1: [1, 9], 3: [4, 2]}  # seed 1 chooses rate 3, and seed 2 rate 1
     ours = {1: [0, 0], 3: [7, 6]}
     rows = made_up({"default": default, "no_gae": ours})
     values, chosen = study.at_best_rate(rows, "default")
-    assert (values, chosen) == ({1: 1, 2: 2}, {1: 1, 3: 1})
+    assert values == {1: 1, 2: 2}
+    assert chosen == {1: 1, 3: 1}
     assert study.effect_at_best(rows, "no_gae") == [6, 4]
 
 
-def test_study_best_rate_is_the_mean_over_all_ways_to_halve_the_seeds():
-    rows = made_up({"default": {1: [0, 0, 0, 12], 3: [3, 3, 3, 3]}})  # 1 is the best for halves with seed 4
+def test_the_best_rate_is_the_mean_over_all_ways_to_halve_the_seeds():
+    # Rate 1 is the best one for the halves with seed 4.
+    rows = made_up({"default": {1: [0, 0, 0, 12], 3: [3, 3, 3, 3]}})
     values, chosen = study.at_best_rate(rows, "default")
-    assert (values, chosen) == ({1: 1, 2: 1, 3: 1, 4: 3}, {1: 3, 3: 3})
+    assert values == {1: 1, 2: 1, 3: 1, 4: 3}
+    assert chosen == {1: 3, 3: 3}
 
 
-def test_study_shares_are_of_the_default_s_best_above_an_untrained_agent():
-    rows = made_up({"default": {1: [50, 90], 3: [110, 130]}, "no_gae": {1: [20, 20], 3: [110, 110]}})
+def test_shares_are_of_the_defaults_best_above_an_untrained_agent():
+    default = {1: [50, 90], 3: [110, 130]}
+    ours = {1: [20, 20], 3: [110, 110]}
+    rows = made_up({"default": default, "no_gae": ours})
     assert study.shares(rows, "default", 20) == {1: 0.5, 3: 1}
     assert study.shares(rows, "no_gae", 20) == {1: 0, 3: 0.9}
-    assert "| 0% | **90%** |" in study.summary_table(rows, ("default", "no_gae"), 20)
+    table = study.summary_table(rows, ["default", "no_gae"], 20)
+    assert "| 0% | **90%** |" in table
 
 
-def test_study_a_run_failed_if_it_ends_like_an_untrained_agent():
-    assert study.failed(row(last_100=-450), -500) and not study.failed(row(last_100=-449), -500)
-    assert study.failed(row(last_100=22), 20) and not study.failed(row(last_100=23), 20)
-    assert study.failed(row(last_100=500, error="error: diverged"), 20)
+def test_a_run_has_failed_if_it_ends_like_an_untrained_agent():
+    assert study.failed(row(last_100=-450), untrained=-500)
+    assert not study.failed(row(last_100=-449), untrained=-500)
+    assert study.failed(row(last_100=22), untrained=20)
+    assert not study.failed(row(last_100=23), untrained=20)
+    assert study.failed(row(last_100=500, error="error: diverged"), untrained=20)
 
 
-def test_study_runs_are_not_repeated_and_make_tables(tmp_path, monkeypatch):
-    setting = (150_000, study.BATCHED, (1, 30), ("default", "target_kl"))
-    monkeypatch.setattr(study, "SETTINGS", {("CartPole-v1", "rates"): setting})
-    options = {"env_ids": ["CartPole-v1"], "workers": 1, "divisor": 150}
-    assert len(study.run_all(tmp_path, seeds=1, **options)) == 4
-    jobs = study.run_all(tmp_path, seeds=2, **options)
-    assert jobs == [("CartPole-v1", "rates", v, rate, 2) for v in ("default", "target_kl") for rate in (1, 30)]
-    rows = study.read_rows(tmp_path, "CartPole-v1", "rates")
-    assert len(rows) == 8 and all(values["error"] == "" for values in rows.values())
+def test_the_study_goes_on_where_it_stopped_and_makes_tables(tmp_path, monkeypatch):
+    setting = study.Setting(1024, study.BATCHED, [30], ["default", "target_kl"])
+    env_id = "CartPole-v1"
+    monkeypatch.setattr(study, "SETTINGS", {(env_id, "rates"): setting})
+    study.save_row(tmp_path, env_id, "rates", ("default", 30, 1), row(25.0))
+    keys = study.run_all(tmp_path, [env_id], seeds=1, workers=1)
+    assert keys == [(env_id, "rates", "target_kl", 30, 1)]
+    rows = study.read_rows(tmp_path, env_id, "rates")
+    assert rows["default", 30, 1] == row(25.0)
+    assert 9 < rows["target_kl", 30, 1]["mean_return"] < 500
+    assert rows["target_kl", 30, 1]["error"] == ""
+
     study.write_tables(tmp_path)
     text = (tmp_path / "study.md").read_text()
-    assert "2 seeds, 150,000 steps, `--num-envs 16" in text
-    assert re.search(r"^\| bonus: target KL 0.015 \| \d of 4 \|", text, re.MULTILINE)
-    assert study.run_all(tmp_path, seeds=2, **options) == []
+    assert "1 seeds, 1,024 steps, `--num-envs 16" in text
+    assert "| bonus: target KL 0.015 | 0 of 1 |" in text
 
 
-@pytest.mark.parametrize("benchmark", [learning, study])
-def test_shortened_runs_are_not_kept_among_the_results(benchmark, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--steps-divisor", "1000"])
-    monkeypatch.setattr(benchmark, "run_all", lambda *args: pytest.fail("it ran"))
-    with pytest.raises(SystemExit):
-        benchmark.main()
-    assert "--results must name another folder" in capsys.readouterr().err
+def test_all_of_the_study_is_saved():
+    saved = set()
+    for env_id, setting in study.SETTINGS:
+        for key in study.read_rows(runs.RESULTS, env_id, setting):
+            saved.add((env_id, setting, *key))
+    env_ids = {env_id for env_id, _ in study.SETTINGS}
+    assert saved == set(study.keys(env_ids, seeds=10))
 
 
-def test_study_that_is_saved_is_complete_and_makes_the_saved_tables(tmp_path):
-    for (env_id, setting), (_, _, rates, variants) in study.SETTINGS.items():
-        rows = study.read_rows(learning.RESULTS, env_id, setting)
-        assert list(rows) == [(v, rate, seed) for v in variants for rate in rates for seed in range(1, 11)]
-    shutil.copytree(learning.RESULTS, tmp_path / "results")
-    study.write_tables(tmp_path / "results")
-    assert (tmp_path / "results" / "study.md").read_text() == (learning.RESULTS / "study.md").read_text()
+# Speed
+
+
+@pytest.mark.parametrize("program", ["ppo", "sb3", "plain"])
+def test_all_programs_are_compared_at_the_same_training(program):
+    command = list(map(str, throughput.command(100_000, 16, program)))
+    assert command[-2:] == ["--total-timesteps=100000", "--num-envs=16"]
+    if command[0] == "-m":
+        assert importlib.util.find_spec(command[1])
+    else:
+        assert command[0] == str(ROOT / "ppo.py")
+
+
+def test_ratios_of_throughput_are_taken_within_one_repeat():
+    rows = {}
+    speeds = {"ppo": [100, 300], "sb3": [100, 100], "plain": [50, 100]}
+    for (steps, num_envs), programs in throughput.SETTINGS.items():
+        for program in programs:
+            for repeat, sps in enumerate(speeds.get(program, [1, 1])):
+                rows[steps, num_envs, repeat, program] = {
+                    "sps": sps,
+                    "wall_seconds": 1 / sps,
+                    "peak_mib": 1,
+                }
+    lines = throughput.table_of(rows).splitlines()
+    (line,) = [line for line in lines if line.startswith("| 25,000 | 4 | Stable")]
+    assert "| 2.00 (1.00 to 3.00) | 0.67 (0.33 to 1.00) |" in line
+
+
+def test_cases_of_scaling_are_what_their_names_say():
+    for name, case in scaling.CASES.items():
+        command = list(map(str, scaling.command(case, seed=7)))
+        program = command.index(str(ROOT / "ppo.py"))
+        args = ppo.parse_args(command[program + 1 :])
+        mode, size = re.search(r"(\w+) (\d+)", name).groups()
+        assert (args.vectorization_mode, args.num_envs) == (mode, int(size))
+        assert args.num_threads == (2 if "2 threads" in name else 1)
+        assert args.total_timesteps == case.steps
+        assert args.seed == 7
+        assert args.env_id.startswith("benchmark.slow_cartpole") == ("slow" in name)
+        launcher = "torch.distributed.run --standalone --nproc-per-node 2"
+        processes = f"-m {launcher}" if "2 processes" in name else ""
+        assert " ".join(command[:program]) == processes
+
+
+def test_the_slow_environment_is_slow(run):
+    """A step cannot be faster than it sleeps."""
+    start = time.monotonic()
+    run(
+        "--env-id benchmark.slow_cartpole:SlowCartPole-v0 --num-envs 1 --num-steps 40"
+        " --total-timesteps 40"
+    )
+    assert time.monotonic() - start > 40 * 0.005

@@ -1,159 +1,243 @@
-"""evaluate.py plays what was learned: its numbers add up, repeat themselves, and its videos can be watched."""
+"""evaluate.py plays what was learned, says so in numbers, and records what it plays."""
 
 import os
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import frames, spawn
+from conftest import finish, frames, start
 
 import evaluate
 import ppo
 
+SHORT = "--total-timesteps 1024"
+
 
 @pytest.fixture
 def play(capsys):
-    """play("runs/name --seed 2"): the printed returns, the mean and the standard deviation."""
+    """play("runs/name --seed 2") returns .run, .returns, .mean, .std and .out."""
 
     def play(flags=""):
-        evaluate.main(str(flags).split())
+        returned = evaluate.main(str(flags).split())
         out = capsys.readouterr().out
+        first = out.splitlines()[0]
         rows = re.findall(r"^episode=(\d+), episodic_return=(\S+)$", out, re.MULTILINE)
+        returns = [float(episodic_return) for _, episodic_return in rows]
         assert [int(i) for i, _ in rows] == list(range(len(rows)))
-        mean, std = re.search(r"^mean=(\S+), std=([^\s,]+)", out, re.MULTILINE).groups()
-        return [float(r) for _, r in rows], float(mean), float(std)
+        assert returns == returned
+        mean, std = re.search(r"^mean=(\S+), std=(\S+)$", out, re.MULTILINE).groups()
+        return SimpleNamespace(
+            run=first.removeprefix("run="),
+            returns=returns,
+            mean=float(mean),
+            std=float(std),
+            out=out,
+        )
 
     return play
 
 
-def test_every_return_is_printed_and_mean_and_standard_deviation_follow_from_them(run, play):
-    folder = run("--total-timesteps 2048").folder
-    returns, mean, std = play(folder)
-    assert len(returns) == 10 and len(set(returns)) > 1
-    assert (mean, std) == (round(np.mean(returns), 2), round(np.std(returns), 2))
-    assert len(play(f"{folder} --episodes 3")[0]) == 3
+# The numbers
+
+
+def test_all_returns_are_printed_with_their_mean_and_deviation(run, play):
+    folder = run(SHORT).folder
+    result = play(folder)
+    assert len(result.returns) == 10
+    assert len(set(result.returns)) > 1
+    assert result.mean == round(np.mean(result.returns), 2)
+    assert result.std == round(np.std(result.returns), 2)
+    assert len(play(f"{folder} --episodes 3").returns) == 3
 
 
 @pytest.mark.parametrize("flags", ["", "--deterministic"])
 def test_the_same_seed_repeats_and_another_seed_differs(flags, run, play):
-    folder = run("--total-timesteps 2048").folder
-    assert play(f"{folder} {flags}") == play(f"{folder} {flags} --seed 1000") != play(f"{folder} {flags} --seed 1")
+    folder = run(SHORT).folder
+    first = play(f"{folder} {flags}")
+    assert play(f"{folder} {flags} --seed 1000").returns == first.returns
+    assert play(f"{folder} {flags} --seed 1").returns != first.returns
 
 
 def test_deterministic_means_the_likeliest_action(run, play):
-    result = run("--total-timesteps 2048")
-    env, expected = gym.make("CartPole-v1"), []
+    result = run(SHORT)
+    expected = []
+    env = gym.make("CartPole-v1")
     for episode in range(3):
         obs, _ = env.reset(seed=5 if episode == 0 else None)
-        total, done = 0.0, False
+        episodic_return = 0.0
+        done = False
         while not done:
             action = result.agent.actor(torch.tensor(obs)).argmax().item()
             obs, reward, terminated, truncated, _ = env.step(action)
-            total, done = total + reward, terminated or truncated
-        expected.append(total)
-    assert play(f"{result.folder} --deterministic --episodes 3 --seed 5")[0] == expected
+            episodic_return += reward
+            done = terminated or truncated
+        expected.append(episodic_return)
+    flags = "--deterministic --episodes 3 --seed 5"
+    assert play(f"{result.folder} {flags}").returns == expected
 
 
-def test_what_was_learned_is_played_not_a_fresh_agent(run, play):
-    folder = run("--total-timesteps 20480 --learning-rate 0.001").folder
-    assert play(f"{folder} --deterministic")[1] > 100  # a fresh agent: about 10
+def test_what_was_learned_is_played(run, play):
+    flags = "--num-envs 16 --num-steps 32 --learning-rate 0.003"
+    folder = run(f"{flags} --total-timesteps 10240").folder
+    result = play(f"{folder} --deterministic --episodes 3")
+    assert result.mean > 100  # an untrained agent reaches about 10
 
 
-@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Blackjack-v1"])
-def test_flattened_observations_are_played(env_id, run, play):
-    assert len(play(run(f"--env-id {env_id} --total-timesteps 512").folder)[0]) == 10
+def test_max_steps_ends_what_has_no_end(run, play, fails):
+    short = run("--env-id environments:Terminates7-v0 --total-timesteps 512").folder
+    cut = play(f"{short} --max-steps 20")
+    assert cut.returns == [7.0, 7.0]
+    assert "note: --max-steps 20 were over" in cut.out
+    whole = play(f"{short} --max-steps 21 --episodes 3")
+    assert whole.returns == [7.0, 7.0, 7.0]
+    assert "note" not in whole.out
+
+    endless = run("--env-id environments:Endless-v0 --total-timesteps 512").folder
+    code, line = fails(f"{endless} --max-steps 50", evaluate.main)
+    assert code == 1
+    assert "no episode ended within --max-steps" in line
 
 
-def test_without_a_folder_the_newest_run_plays_and_its_checkpoint_may_be_named(run, play):
-    old, new = (run(f"--total-timesteps 2048 --seed {seed}").folder for seed in (1, 2))
+# Which run, and which program
+
+
+def test_the_run_that_plays_is_printed_first(run, play):
+    """Without a folder it is the newest one. Its checkpoint may be named, too."""
+    old = run(SHORT).folder
+    new = run(f"{SHORT} --seed 2").folder
     os.utime(old / "checkpoint.pt", (0, 0))
-    assert play() == play(new / "checkpoint.pt") != play(old)
+    newest = play()
+    assert newest.run == str(new)
+    named = play(new / "checkpoint.pt")
+    assert named.run == str(new)
+    assert named.returns == newest.returns
+    other = play(old)
+    assert other.run == str(old)
+    assert other.returns != newest.returns
 
 
-class Marching(gym.Env):
-    """Episodes of so many steps; 0: without end."""
+VARIANT = """
+import ppo
+from helpers_of_variant import FACTOR
 
-    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+class Agent(ppo.Agent):
+    def get_policy(self, obs):
+        return super().get_policy(FACTOR * obs)
 
-    def __init__(self, length=0, render_mode=None):
-        self.length = length
+def make_envs(*args):
+    print("made by the variant")
+    return ppo.make_envs(*args)
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.steps = 0
-        return np.zeros(2, np.float32), {}
-
-    def step(self, action):
-        self.steps += 1
-        return np.zeros(2, np.float32), 1.0, self.steps == self.length, False, {}
-
-
-gym.register("Endless-v0", Marching)
-gym.register("Marching7-v0", Marching, kwargs={"length": 7})
+if __name__ == "__main__":
+    ppo.main(make_envs=make_envs, Agent=Agent, exp_name="my_variant")
+"""
 
 
-def test_after_max_steps_it_ends_and_says_what_was_not_finished(run, play, capsys):
-    folder = run("--env-id Marching7-v0 --total-timesteps 512").folder
-    assert play(f"{folder} --max-steps 20") == ([7.0, 7.0], 7.0, 0.0)
-    assert len(play(f"{folder} --max-steps 21 --episodes 3")[0]) == 3
-    endless = run("--env-id Endless-v0 --total-timesteps 512").folder
-    with pytest.raises(SystemExit) as exit_info:
-        evaluate.main([str(endless), "--max-steps", "50"])
-    out, err = capsys.readouterr()
-    assert exit_info.value.code == 1 and "--max-steps 50" in err and len(err.splitlines()) == 1 and "mean" not in out
+def test_a_variant_of_one_s_own_is_played_by_itself(workdir, fails, play, monkeypatch):
+    """A user writes a file that imports another one, trains with it, and plays."""
+    folder = workdir / "elsewhere"
+    folder.mkdir()
+    program = folder / "my_variant.py"
+    program.write_text(VARIANT)
+    (folder / "helpers_of_variant.py").write_text("FACTOR = -1")
+    trained = finish(start(program, *SHORT.split()))
+    assert trained.code == 0, trained.err
+
+    code, line = fails("", evaluate.main)
+    assert code == 2
+    assert "my_variant.py: name that file with --program" in line
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    result = play(f"--program {program}")
+    assert result.run.startswith("runs/CartPole-v1__my_variant__1__")
+    assert result.out.splitlines()[1] == "made by the variant"
 
 
-def test_errors_of_the_environment_are_one_line_and_those_of_the_program_are_not_hidden(run, monkeypatch, capsys):
-    folder = str(run("--env-id Marching7-v0 --total-timesteps 512").folder)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
-        patch.setattr(Marching, "step", lambda *_: {}["no road"])
-        evaluate.main([folder])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert exit_info.value.code in (1, 2) and "Marching7-v0" in line and "no road" in line
-    monkeypatch.setattr(ppo.Agent, "get_action_and_value", lambda *_: {}["a bug"])
-    with pytest.raises(KeyError):
-        evaluate.main([folder])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class Agent(ppo.Agent): pass",
+        "def make_envs(*args): return ppo.make_envs(*args)",
+    ],
+)
+def test_a_variant_may_define_only_one_of_both(text, run, play):
+    Path("half.py").write_text(f"import ppo\n{text}\n")
+    folder = run("--total-timesteps 512").folder
+    assert play(f"{folder} --program half.py").returns == play(folder).returns
+
+
+def test_a_stranger_s_checkpoint_does_not_choose_what_is_imported(run, fails):
+    folder = run("--total-timesteps 512").folder
+    Path("evil.py").write_text("open('was imported', 'w')")
+    checkpoint = ppo.load_checkpoint(folder)
+    for name in ("evil", "./evil.py", "os"):
+        torch.save(checkpoint | {"program": name}, folder / "checkpoint.pt")
+        code, line = fails(str(folder), evaluate.main)
+        assert code == 2
+        assert "name that file with --program" in line
+    assert not Path("was imported").exists()
+
+
+# Videos
 
 
 def test_a_video_of_every_episode_has_a_frame_per_step(run, play):
     folder = run("--total-timesteps 512").folder
-    returns, *_ = play(f"{folder} --capture-video --episodes 3")
-    videos = sorted(Path("videos", folder.name, "evaluation").glob("*.mp4"))
-    assert len(videos) == 3
-    for path, episodic_return in zip(videos, returns, strict=True):
-        assert episodic_return <= len(frames(path)) <= episodic_return + 2
+    result = play(f"{folder} --capture-video --episodes 3")
+    videos = Path("videos", folder.name, "evaluation")
+    assert result.out.splitlines()[-1] == f"videos: {videos}"
+    paths = sorted(videos.glob("*.mp4"))
+    assert len(paths) == 3
+    for path, episodic_return in zip(paths, result.returns, strict=True):
+        pictures = frames(path)
+        assert episodic_return <= len(pictures) <= episodic_return + 2
+        assert (pictures[0] != pictures[-1]).any()
+
+
+# What ends it
 
 
 @pytest.mark.parametrize(
-    "flags",
-    ["--episodes 0", "--episodes -1", "--episodes x", "--seed -1", "--seed 99999999999999999999", "--no-such-flag"]
-    + ["--render --capture-video", "--seed 1.5", "--max-steps 0"],
+    "flags, word",
+    [
+        ("--episodes 0", "--episodes"),
+        ("--episodes x", "--episodes"),
+        ("--max-steps 0", "--max-steps"),
+        ("--seed -1", "--seed"),
+        ("--seed 1.5", "--seed"),
+        ("--seed 99999999999999999999", "--seed"),
+        ("--render --capture-video", "--render"),
+        ("--no-such-flag", "--no-such-flag"),
+        ("--program none.py", "none.py"),
+        ("runs/none", "runs/none/checkpoint.pt"),
+    ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(flags, run, capsys):
+def test_bad_input_is_one_line(flags, word, run, fails):
+    run("--total-timesteps 512")
+    code, line = fails(flags, evaluate.main)
+    assert code == 2
+    assert word in line
+
+
+@pytest.mark.parametrize("env_id", ["Acrobot-v1", "Gone-v1", "Pendulum-v1"])
+def test_an_environment_that_is_gone_or_has_changed_is_named(env_id, run, fails):
     folder = run("--total-timesteps 512").folder
-    with pytest.raises(SystemExit) as exit_info:
-        evaluate.main([str(folder), *flags.split()])
-    out, err = capsys.readouterr()
-    assert exit_info.value.code == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ")
+    checkpoint = ppo.load_checkpoint(folder)
+    checkpoint["args"]["env_id"] = env_id
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    code, line = fails(str(folder), evaluate.main)
+    assert code == 2
+    assert env_id in line
 
 
-@pytest.mark.parametrize(
-    "change", [{"env_id": "Acrobot-v1"}, {"env_id": "Gone-v1"}, {"env_id": "Pendulum-v1"}], ids=lambda c: c["env_id"]
-)
-def test_an_environment_that_is_missing_or_has_changed_is_one_line_that_names_it(change, run, capsys):
-    folder = run("--total-timesteps 512").folder
-    checkpoint = ppo.load_checkpoint(str(folder))[1]
-    torch.save(checkpoint | {"args": checkpoint["args"] | change}, folder / "checkpoint.pt")
-    with pytest.raises(SystemExit) as exit_info:
-        evaluate.main([str(folder)])
-    out, err = capsys.readouterr()
-    assert exit_info.value.code == 2 and out == "" and len(err.splitlines()) == 1 and change["env_id"] in err
-
-
-def test_a_user_sees_the_line_and_the_exit_code(workdir):
-    result = spawn("runs/none", script="evaluate.py")
-    assert result.returncode == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1
-    assert "runs/none/checkpoint.pt" in result.stderr and not list(workdir.iterdir())
+def test_errors_of_the_environment_keep_their_traceback(run):
+    """Such an environment breaks when it has played 150 steps."""
+    flags = "--env-id environments:Raises0-v0 --total-timesteps 512"
+    folder = run(flags).folder
+    with pytest.raises(Exception, match="the motor\nis 100% hot"):
+        evaluate.main([str(folder), "--seed", "1"])

@@ -1,41 +1,87 @@
-"""ppo.py stays short enough to be read, in two parts, and one file that can be run alone."""
+"""The programs can be read as they say, and run from their file alone."""
 
 import ast
 import re
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
-SOURCE = (ROOT / "ppo.py").read_text()
-LINES = SOURCE.splitlines()
-PART_TWO = next(i for i, line in enumerate(LINES) if line.startswith("# Part two"))
-
-
-def test_parts_and_train_are_short():
-    (train,) = (node for node in ast.parse(SOURCE).body if getattr(node, "name", "") == "train")
-    counts = {"one": PART_TWO, "two": len(LINES) - PART_TWO, "train": train.end_lineno - train.lineno + 1}
-    assert counts["one"] <= 340 and counts["two"] <= 340 and counts["train"] <= 105, counts
-    assert max(map(len, LINES)) <= 120
+PROGRAMS = ["ppo.py", "ppo_continuous_action.py", "ppo_atari.py"]
 
 
-def test_each_detail_is_marked_where_it_happens_in_part_one():
-    marks = [re.findall(r"# (Detail \d+|Bonus|Debug variables)\b", line) for line in LINES]
-    expected = {*(f"Detail {i}" for i in range(1, 12)), "Bonus", "Debug variables"}
-    assert {mark for found in marks[:PART_TWO] for mark in found} == expected and not any(marks[PART_TWO:])
+def read(name):
+    return (ROOT / name).read_text()
+
+
+def marked_details(source):
+    """[(number, title), ...] of the comments that begin with a detail."""
+    comments = re.findall(r"(?m)^ *# (Detail .*)$", source)
+    return re.findall(r"Detail ([AC]?\d+): ([^.,]+)[.,]", "\n".join(comments))
+
+
+def listed_details(source):
+    """The same of the list in the docstring."""
+    docstring = ast.get_docstring(ast.parse(source))
+    return re.findall(r"(?m)(?:^| {2,})([AC]?\d+)\. (\S+(?: \S+)*)", docstring)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_each_detail_of_the_list_is_marked_once_where_it_happens(name):
+    source = read(name)
+    listed = listed_details(source)
+    assert len(listed) == {"ppo.py": 11}.get(name, 9)
+    assert sorted(marked_details(source)) == sorted(listed)
+
+
+def test_a_reader_of_part_one_meets_the_details_in_their_order():
+    part_one, _ = read("ppo.py").split("\n# Part two")
+    marks = re.findall(r"(?m)^ *# (Detail \d+:|Debug variables$|Bonus:)", part_one)
+    expected = [f"Detail {number}:" for number in range(1, 12)]
+    expected.insert(10, "Debug variables")
+    assert marks == [*expected, "Bonus:"]
 
 
 def test_nothing_is_left_over():
-    assert not re.search("mock|TODO|XXX", SOURCE)
-    programs = "\n".join(path.read_text() for path in (ROOT / "evaluate.py", *(ROOT / "variants").glob("*.py")))
-    for node in ast.walk(ast.parse(SOURCE)):  # nor anything that tests alone would call
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("__"):
-            used = len(re.findall(rf"\b{node.name}\b", SOURCE)) - 1 + len(re.findall(rf"\b{node.name}\b", programs))
-            assert used > 0, node.name
+    sources = [path.read_text() for path in ROOT.glob("*.py")]
+    everything = "\n".join(sources)
+    assert not re.search("mock|TODO|FIXME|XXX", everything)
+    for source in sources:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                uses = re.findall(rf"\b{node.name}\b", everything)
+                assert len(uses) > 1, node.name
 
 
-def test_the_file_alone_asks_for_what_pyproject_does():
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
-    (block,) = re.findall(r"(?m)^# /// script$\s((?:^#(?:| .*)$\s)+?)^# ///$", SOURCE)  # as PEP 723 has it
+def packages(requirements):
+    """{package: (its extras, its versions)}, from a list of requirements."""
+    found = {}
+    for requirement in map(Requirement, requirements):
+        extras, versions = found.get(requirement.name, (set(), SpecifierSet()))
+        extras = extras | requirement.extras
+        versions = versions & requirement.specifier
+        found[requirement.name] = (extras, versions)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, extra",
+    [
+        ("ppo.py", None),
+        ("ppo_continuous_action.py", "mujoco"),
+        ("ppo_atari.py", "atari"),
+    ],
+)
+def test_the_file_alone_asks_for_what_pyproject_does(name, extra):
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    pattern = r"(?m)^# /// script$\s((?:^#(?:| .*)$\s)+?)^# ///$"  # as PEP 723 has it
+    (block,) = re.findall(pattern, read(name))
     script = tomllib.loads(re.sub(r"(?m)^# ?", "", block))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert script == {name: project[name] for name in ("requires-python", "dependencies")}
+
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    expected = project["dependencies"]
+    if extra:
+        expected = expected + project["optional-dependencies"][extra]
+    assert packages(script["dependencies"]) == packages(expected)
+    assert script["requires-python"] == project["requires-python"]

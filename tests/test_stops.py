@@ -1,6 +1,9 @@
-"""Ctrl-C and other stop signals end a run in good order: saved, closed, able to go on; a second one ends it at once."""
+"""Ctrl-C and other stop signals end a run in good order: saved, closed, able to go on.
 
-import itertools
+A second signal ends it at once.
+"""
+
+import multiprocessing
 import os
 import random
 import signal
@@ -11,189 +14,251 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 from conftest import (
+    ROOT,
+    agent_that_calls,
     finish,
-    forked,
     frames,
+    left_behind,
     parse_episodes,
-    progress,
     read_events,
     same_parameters,
+    saved_step,
     scalars,
     start,
     wandb_records,
 )
-from gymnasium.envs.classic_control import CartPoleEnv
 
 import ppo
 
-SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 138}
+EXIT_CODES = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGHUP: 129,
+    signal.SIGUSR1: 138,
+}
 
 
-def check_stopped(code, out, err, number):
-    """All that a stopped run promises; returns its folder."""
-    assert code == SIGNALS[number] and "Traceback" not in err, err
-    stop, results = [line for line in out.splitlines() if line.startswith(("stopped", "results"))]
-    how, folder = stop.split("; to go on: ")[1].split(" --resume ")
-    assert how == "the same command with" and results.split()[1] == folder
-    step = progress(folder)[1]
-    assert f"stopped at step {step} of " in stop
+def assert_stopped(result, number):
+    """Check all that a stopped run promises, and return its folder."""
+    assert result.code == EXIT_CODES[number], result.err
+    assert "Traceback" not in result.err
+    assert "error: " not in result.err
+    lines = result.out.splitlines()
+    (line,) = [line for line in lines if line.startswith("stopped")]
+    stop, folder = line.split("; to go on: the same command with --resume ")
+    step = saved_step(folder)
+    assert stop.startswith(f"stopped at step {step} of ")
     assert read_events(folder).Scalars("losses/entropy")[-1].step == step
     return Path(folder)
 
 
-@pytest.fixture
-def signalled(monkeypatch):
-    """signalled(3, f) calls f in the middle of the third update."""
+def send(number):
+    """A function that sends this signal to this process and to all its workers."""
 
-    def signalled(update, send):
-        calls, compute = itertools.count(1), ppo.compute_advantages
+    def function():
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+        os.kill(os.getpid(), number)
 
-        def compute_advantages(*args):
-            if next(calls) == update:
-                send()
-            return compute(*args)
-
-        monkeypatch.setattr(ppo, "compute_advantages", compute_advantages)
-
-    return signalled
+    return function
 
 
-@pytest.fixture
-def stops(capsys):
-    """stops("--seed 2") runs main, which must exit: the exit code, standard output and standard error."""
-
-    def stops(flags):
-        with pytest.raises(SystemExit) as exit_info:
-            ppo.main(flags.split())
-        return exit_info.value.code, *capsys.readouterr()
-
-    return stops
+# In this process
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_in_the_middle_of_an_update_finishes_it_and_the_resumed_run_equals_an_undisturbed_one(
-    number, run, signalled, stops
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_a_signal_lets_an_update_end_and_the_resumed_run_equals_an_undisturbed_one(
+    number, mode, run, exits
 ):
-    flags, handler = "--total-timesteps 2048", signal.getsignal(number)
+    flags = f"--total-timesteps 1024 --vectorization-mode {mode}"
+    handler = signal.getsignal(number)
+    stopped = exits(flags, Agent=agent_that_calls(send(number), update=1))
+    folder = assert_stopped(stopped, number)
+    assert saved_step(folder) == 512
+    assert signal.getsignal(number) == handler
+    assert not multiprocessing.active_children()
+    resumed = run(f"--resume {folder}")
+    if mode == "sync":  # worker processes cannot be kept, so new episodes begin
+        whole = run(flags)
+        assert stopped.episodes + resumed.episodes == whole.episodes
+        assert scalars(folder) == scalars(whole.folder)
+        assert same_parameters(folder, whole.agent)
+
+
+def test_a_signal_in_the_last_update_leaves_a_complete_run(run, exits):
+    flags = "--total-timesteps 1024"
+    Agent = agent_that_calls(send(signal.SIGINT), update=2)
+    stopped = exits(flags, Agent=Agent)
+    folder = assert_stopped(stopped, signal.SIGINT)
     whole = run(flags)
-    signalled(2, lambda: os.kill(os.getpid(), number))
-    code, out, err = stops(flags)
-    folder = check_stopped(code, out, err, number)
-    assert err == "" and progress(folder) == (2, 1024) and signal.getsignal(number) == handler
-    resumed = run(f"{flags} --resume {folder}")
-    assert parse_episodes(out) + resumed.episodes == whole.episodes and scalars(folder) == scalars(whole.folder)
+    assert stopped.episodes == whole.episodes
     assert same_parameters(folder, whole.agent)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_worker_processes_leave_a_signal_to_their_whole_group_to_the_main_process(number, workdir, signalled):
-    signalled(2, lambda: os.killpg(0, number))
-    code, out, err = forked("--vectorization-mode async --total-timesteps 2048", os.setsid)
-    check_stopped(code, out, err, number)
-    assert err == ""
-
-
-def test_a_signal_in_the_last_update_leaves_a_complete_run(signalled, stops):
-    signalled(1, lambda: os.kill(os.getpid(), signal.SIGINT))
-    code, *_ = stops("--total-timesteps 512")
+def test_without_checkpoints_a_stop_does_not_promise_to_go_on(exits):
+    Agent = agent_that_calls(send(signal.SIGTERM), update=1)
+    result = exits("--checkpoint-interval 0", Agent=Agent)
+    assert result.code == 143
+    assert "stopped at step 512 of 25000; it has no checkpoint" in result.out
+    assert "--resume" not in result.out + result.err
     (folder,) = Path("runs").iterdir()
-    assert code == 130 and progress(folder) == (1, 512)
+    assert not (folder / "checkpoint.pt").exists()
 
 
-def test_without_checkpoints_a_stop_does_not_promise_to_go_on(signalled, stops):
-    signalled(1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    code, out, err = stops("--checkpoint-interval 0")
-    assert (code, err) == (143, "") and "--resume" not in out and out.splitlines()[-1].startswith("results: runs/")
+def test_a_signal_that_was_ignored_before_stays_ignored(run):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    Agent = agent_that_calls(send(signal.SIGHUP), update=1)
+    try:
+        folder = run("--total-timesteps 1024", Agent=Agent).folder
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert saved_step(folder) == 1024
 
 
-def test_a_signal_that_was_ignored_before_stays_ignored(run, signalled):
-    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    signalled(1, lambda: os.kill(os.getpid(), signal.SIGHUP))
-    assert progress(run("--total-timesteps 1024").folder) == (2, 1024)
-    assert signal.signal(signal.SIGHUP, handler) == signal.SIG_IGN
+class EndedByHandler(Exception):
+    pass
 
 
-def test_a_second_signal_ends_even_a_stuck_run_by_the_handler_of_before(workdir, monkeypatch):
-    monkeypatch.setattr(CartPoleEnv, "step", lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
-    with pytest.raises(KeyboardInterrupt):
-        ppo.main([])
-    monkeypatch.setattr(CartPoleEnv, "step", lambda *_: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)])
-    assert forked("")[0] == -signal.SIGTERM
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_even_a_stuck_run_by_the_handler_of_before(
+    number, run, monkeypatch
+):
+    seconds = 0.0
+    survived = False
+    monkeypatch.setattr("time.monotonic", lambda: seconds)
 
+    def handler(number, frame):
+        raise EndedByHandler
 
-def test_ctrl_c_that_also_hits_the_video_encoder_ends_without_a_traceback(workdir, monkeypatch):
-    """A terminal sends SIGINT to the whole process group: to ppo.py and to the ffmpeg that it has started."""
-    ffmpeg = Path("ffmpeg")  # one that presses Ctrl-C when the first video is written
-    ffmpeg.write_text(
-        '#!/bin/sh\ncase "$*" in *rawvideo*) [ -e pressed ] || { touch pressed; kill -s INT -- -$PPID; };; esac\n'
-        f'exec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"\n'
-    )
-    ffmpeg.chmod(0o755)
-    monkeypatch.setattr("moviepy.video.io.ffmpeg_writer.FFMPEG_BINARY", str(ffmpeg.resolve()))
-    code, out, err = forked("--capture-video --num-steps 16 --total-timesteps 6400", os.setsid)
-    assert Path("pressed").exists()
-    assert code == 1 and "Traceback" not in err  # the encoder is gone, so the step cannot be finished
-    assert [line for line in err.splitlines() if "broke in global_step" in line]
+    def be_stuck():
+        nonlocal seconds, survived
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # the same one, if torchrun passes it on
+        survived = True
+        seconds += 2
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    old_handler = signal.signal(number, handler)
+    try:
+        with pytest.raises(EndedByHandler):
+            run(Agent=agent_that_calls(be_stuck, update=1))
+    finally:
+        signal.signal(number, old_handler)
+    assert survived
 
 
 def test_in_a_thread_it_trains_without_handlers(workdir):
     agents = []
-    thread = threading.Thread(target=lambda: agents.append(ppo.main(["--total-timesteps", "512"])))
+    thread = threading.Thread(
+        target=lambda: agents.append(ppo.main(["--total-timesteps", "512"]))
+    )
     thread.start()
     thread.join()
     (folder,) = Path("runs").iterdir()
     assert same_parameters(folder, agents[0])
 
 
-# Real processes
+# As a user starts it
 
 
-def stopped(flags, number, lines, delay=0.0, group=False):
-    """The exit code, standard output and standard error of a run that got the signal after it had printed lines."""
-    process = start(flags, start_new_session=group)
-    head = "".join(process.stdout.readline() for _ in range(lines))
+def stopped_after(flags, number, lines, delay=0.0, whole_group=False):
+    """Start a run, send a signal after so many lines, and wait for its end.
+
+    Returns what finish() returns, with all that was printed.
+    """
+    process = start(ROOT / "ppo.py", *flags.split())
+    head = [process.stdout.readline() for _ in range(lines)]
     time.sleep(delay)
-    (os.killpg if group else os.kill)(process.pid, number)
-    out, err = finish(process)
-    return process.returncode, head + out, err
+    if whole_group:  # as a terminal does for Ctrl-C
+        os.killpg(process.pid, number)
+    else:
+        os.kill(process.pid, number)
+    result = finish(process)
+    result.out = "".join(head) + result.out
+    result.episodes = parse_episodes(result.out)
+    assert not left_behind(process)
+    return result
 
 
-def test_a_real_process_stops_after_its_first_line_without_a_word_on_standard_error(workdir):
-    code, out, err = stopped("--vectorization-mode async", signal.SIGTERM, 1, group=True)
-    check_stopped(code, out, err, signal.SIGTERM)
-    assert err == ""
+def test_ctrl_c_right_after_the_first_line_ends_without_a_word_on_standard_error(
+    workdir,
+):
+    flags = "--vectorization-mode async"
+    result = stopped_after(flags, signal.SIGINT, lines=1, whole_group=True)
+    assert_stopped(result, signal.SIGINT)
+    assert result.err == ""
+
+
+# An ffmpeg that presses Ctrl-C when the first video is written.
+FFMPEG = """#!/bin/sh
+case "$*" in
+    *rawvideo*) [ -e pressed ] || { touch pressed; kill -s INT -- -$PPID; };;
+esac
+exec FFMPEG "$@"
+"""
+
+
+def test_ctrl_c_that_also_ends_the_video_encoder_breaks_the_run(workdir):
+    ffmpeg = Path("ffmpeg")
+    ffmpeg.write_text(FFMPEG.replace("FFMPEG", imageio_ffmpeg.get_ffmpeg_exe()))
+    ffmpeg.chmod(0o755)
+    flags = "--capture-video --num-steps 16 --total-timesteps 6400"
+    result = finish(
+        start(ROOT / "ppo.py", *flags.split(), FFMPEG_BINARY=str(ffmpeg.resolve()))
+    )
+    assert Path("pressed").exists()
+    assert result.code == 1
+    assert result.err.splitlines()[-1].startswith("The run broke in step ")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", SIGNALS)
-def test_stopped_at_random_moments_again_and_again_a_run_ends_as_if_undisturbed(number, run):
+@pytest.mark.parametrize("number", EXIT_CODES)
+def test_stopped_at_random_moments_a_run_ends_as_if_undisturbed(number, run):
     rng = random.Random(int(number))
-    whole = run("--total-timesteps 40960")
-    flags, episodes = "--total-timesteps 40960", []
-    for _ in range(8):
-        code, out, err = stopped(flags, number, rng.randint(28, 60), 0.1 * rng.random(), group=rng.random() < 0.5)
-        episodes += parse_episodes(out)
-        folder = check_stopped(code, out, err, number)
-        assert err == ""
+    flags = "--total-timesteps 20480"
+    whole = run(flags)
+    episodes = []
+    for _ in range(4):
+        result = stopped_after(
+            flags,
+            number,
+            lines=rng.randint(40, 80),
+            delay=0.1 * rng.random(),
+            whole_group=rng.random() < 0.5,
+        )
+        folder = assert_stopped(result, number)
+        assert result.err == ""
+        episodes += result.episodes
         flags = f"--resume {folder}"
     resumed = run(flags)
-    assert episodes + resumed.episodes == whole.episodes and scalars(folder) == scalars(whole.folder)
+    assert episodes + resumed.episodes == whole.episodes
+    assert scalars(folder) == scalars(whole.folder)
     assert same_parameters(folder, whole.agent)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_with_videos_and_wandb_all_that_was_recorded_can_be_read(number, workdir):
+def test_stopped_with_videos_and_wandb_all_that_was_recorded_can_be_read(
+    number, workdir
+):
     rng = random.Random(int(number))
     flags = "--track --capture-video --num-steps 16 --total-timesteps 6400"
-    code, out, err = stopped(flags, number, rng.randint(40, 80), 0.1 * rng.random())
-    folder = check_stopped(code, out, err, number)
+    lines = rng.randint(40, 80)
+    result = stopped_after(flags, number, lines, delay=0.1 * rng.random())
+    folder = assert_stopped(result, number)
+
     videos = list(Path("videos", folder.name).glob("*.mp4"))
-    assert videos and all(len(frames(path)) > 1 for path in videos)
+    assert videos
+    assert all(len(frames(path)) > 1 for path in videos)
     (run_folder,) = Path("wandb").glob("offline-run-*")
-    kinds = [record.WhichOneof("record_type") for record in wandb_records(run_folder)]
-    assert "history" in kinds and kinds[-1] == "exit"
-    process = start(f"--resume {folder}")
-    out, err = finish(process)
-    assert process.returncode == 0 and "note: " in out, err
+    kinds = [record["type"] for record in wandb_records(run_folder)]
+    assert "history" in kinds
+    assert kinds[-1] == "exit"
+
+    resumed = finish(start(ROOT / "ppo.py", "--resume", folder))
+    assert resumed.code == 0, resumed.err
+    assert "note: " in resumed.out
     assert read_events(folder).Scalars("losses/entropy")[-1].step == 6400

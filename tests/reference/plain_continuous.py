@@ -1,0 +1,239 @@
+"""A plain PPO for continuous actions, as one first writes it down.
+
+It has no vector environments and no wrappers, and takes every statistic by hand.
+ppo_continuous_action.py must give the same episodes and the same parameters.
+
+    python -m tests.reference.plain_continuous --env-id Hopper-v5
+"""
+
+import random
+import sys
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.distributions import Normal
+
+import ppo
+from ppo_continuous_action import DEFAULTS
+
+
+class Agent(nn.Module):
+    def __init__(self, obs_dim, action_dim):
+        super().__init__()
+
+        def layer(inputs, outputs, gain):
+            linear = nn.Linear(inputs, outputs)
+            nn.init.orthogonal_(linear.weight, gain)
+            nn.init.constant_(linear.bias, 0.0)
+            return linear
+
+        self.critic = nn.Sequential(
+            layer(obs_dim, 64, np.sqrt(2)),
+            nn.Tanh(),
+            layer(64, 64, np.sqrt(2)),
+            nn.Tanh(),
+            layer(64, 1, 1.0),
+        )
+        self.actor = nn.Sequential(
+            layer(obs_dim, 64, np.sqrt(2)),
+            nn.Tanh(),
+            layer(64, 64, np.sqrt(2)),
+            nn.Tanh(),
+            layer(64, action_dim, 0.01),
+        )
+        self.actor_logstd = nn.Parameter(torch.zeros(action_dim))
+
+    def get_action_and_value(self, x, action=None):
+        policy = Normal(self.actor(x), torch.exp(self.actor_logstd))
+        if action is None:
+            action = policy.sample()
+        logprob = policy.log_prob(action).sum(1)
+        return action, logprob, policy.entropy().sum(1), self.critic(x)
+
+
+class Statistics:
+    """Mean and variance of all rows so far, joined with those of the new ones.
+
+    (Chan, Golub and LeVeque 1979)
+    """
+
+    def __init__(self, shape=(), dtype=np.float64):
+        self.mean = np.zeros(shape, dtype)
+        self.var = np.ones(shape, dtype)
+        self.count = 1e-4
+
+    def update(self, rows):
+        mean = np.mean(rows, axis=0)
+        var = np.var(rows, axis=0)
+        count = len(rows)
+
+        delta = mean - self.mean
+        total = self.count + count
+        self.mean = self.mean + delta * count / total
+        squares = self.var * self.count + var * count
+        squares = squares + np.square(delta) * self.count * count / total
+        self.var = squares / total
+        self.count = total
+
+
+def train(args):
+    """Print the episodes.
+
+    Returns the agent, and the statistics of observations and of discounted returns.
+    """
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+
+    envs = [gym.make(args.env_id) for _ in range(args.num_envs)]
+    obs_dim = envs[0].observation_space.shape[0]
+    action_dim = envs[0].action_space.shape[0]
+    agent = Agent(obs_dim, action_dim)
+    optimizer = torch.optim.Adam(
+        agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True
+    )
+
+    shape = (args.num_steps, args.num_envs)
+    obs = torch.zeros(*shape, obs_dim)
+    actions = torch.zeros(*shape, action_dim)
+    logprobs = torch.zeros(shape)
+    rewards = torch.zeros(shape)
+    dones = torch.zeros(shape)
+    values = torch.zeros(shape)
+
+    # Both begin as float32 because Gymnasium's do.
+    obs_statistics = Statistics(obs_dim, np.float32)
+    discounted = np.zeros(args.num_envs, np.float32)
+
+    return_statistics = Statistics()
+    episodic_return = np.zeros(args.num_envs)
+    episodic_length = np.zeros(args.num_envs, int)
+
+    def normalize(raw):
+        obs_statistics.update(raw)
+        raw = (raw - obs_statistics.mean) / np.sqrt(obs_statistics.var + 1e-8)
+        return torch.Tensor(np.clip(raw, -10, 10))
+
+    raw_obs = [env.reset(seed=args.seed + i)[0] for i, env in enumerate(envs)]
+    next_obs = normalize(np.array(raw_obs))
+    next_done = np.zeros(args.num_envs, bool)
+    global_step = 0
+    for update in range(1, args.num_updates + 1):
+        if args.anneal_lr:
+            frac = 1.0 - (update - 1.0) / args.num_updates
+            optimizer.param_groups[0]["lr"] = frac * args.learning_rate
+
+        for step in range(args.num_steps):
+            global_step += args.num_envs
+            obs[step] = next_obs
+            dones[step] = torch.Tensor(next_done)
+            with torch.no_grad():
+                action, logprob, _, value = agent.get_action_and_value(next_obs)
+            actions[step] = action
+            logprobs[step] = logprob
+            values[step] = value.flatten()
+
+            raw_obs = []
+            raw_rewards = np.zeros(args.num_envs)
+            was_done = next_done
+            next_done = np.zeros(args.num_envs, bool)
+            terminations = np.zeros(args.num_envs, bool)
+            for i, env in enumerate(envs):
+                if was_done[i]:  # this step only resets
+                    raw_obs.append(env.reset()[0])
+                    episodic_return[i] = 0
+                    episodic_length[i] = 0
+                    continue
+                low = env.action_space.low
+                high = env.action_space.high
+                clipped = np.clip(action[i].numpy(), low, high)
+                raw, raw_rewards[i], terminations[i], truncated, _ = env.step(clipped)
+                raw_obs.append(raw)
+                next_done[i] = terminations[i] or truncated
+                episodic_return[i] += raw_rewards[i]
+                episodic_length[i] += 1
+                if next_done[i]:
+                    print(
+                        f"global_step={global_step}, "
+                        f"episodic_return={episodic_return[i]}, "
+                        f"episodic_length={episodic_length[i]}"
+                    )
+            next_obs = normalize(np.array(raw_obs))
+
+            # As in Gymnasium, the last reward of an episode that a time limit has cut
+            # off begins the next one's sum.
+            played = ~was_done
+            for i in np.flatnonzero(played):
+                sum_so_far = discounted[i] * args.gamma * (1 - terminations[i])
+                discounted[i] = sum_so_far + raw_rewards[i]
+            if played.any():
+                return_statistics.update(discounted[played])
+            scaled = raw_rewards / np.sqrt(return_statistics.var + 1e-8)
+            rewards[step] = torch.Tensor(np.clip(scaled, -10, 10))
+
+        with torch.no_grad():
+            next_value = agent.critic(next_obs).flatten()
+        advantages = torch.zeros_like(rewards)
+        last = 0
+        for t in reversed(range(args.num_steps)):
+            if t == args.num_steps - 1:
+                nonterminal = 1.0 - torch.Tensor(next_done)
+                following = next_value
+            else:
+                nonterminal = 1.0 - dones[t + 1]
+                following = values[t + 1]
+            delta = rewards[t] + args.gamma * following * nonterminal - values[t]
+            last = delta + args.gamma * args.gae_lambda * nonterminal * last
+            advantages[t] = last
+        returns = advantages + values
+
+        b_obs = obs.reshape(-1, obs_dim)
+        b_actions = actions.reshape(-1, action_dim)
+        b_logprobs = logprobs.reshape(-1)
+        b_advantages = advantages.reshape(-1)
+        b_returns = returns.reshape(-1)
+        b_values = values.reshape(-1)
+
+        # The steps that only reset are not learned from.
+        b_dones = dones.reshape(-1)
+        b_inds = np.array([i for i in range(args.batch_size) if not b_dones[i]])
+        for _ in range(args.update_epochs):
+            np.random.shuffle(b_inds)
+            for mb_inds in np.array_split(b_inds, args.num_minibatches):
+                _, newlogprob, entropy, newvalue = agent.get_action_and_value(
+                    b_obs[mb_inds], b_actions[mb_inds]
+                )
+                ratio = (newlogprob - b_logprobs[mb_inds]).exp()
+
+                mb_advantages = b_advantages[mb_inds]
+                mb_advantages = mb_advantages - mb_advantages.mean()
+                mb_advantages = mb_advantages / (b_advantages[mb_inds].std() + 1e-8)
+
+                loss1 = -mb_advantages * ratio
+                clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                loss2 = -mb_advantages * clipped_ratio
+                pg_loss = torch.max(loss1, loss2).mean()
+
+                newvalue = newvalue.view(-1)
+                unclipped = (newvalue - b_returns[mb_inds]) ** 2
+                change = newvalue - b_values[mb_inds]
+                change = change.clamp(-args.clip_coef, args.clip_coef)
+                clipped = (b_values[mb_inds] + change - b_returns[mb_inds]) ** 2
+                v_loss = 0.5 * torch.max(unclipped, clipped).mean()
+
+                entropy_loss = entropy.mean()
+                loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
+
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+
+    return agent, obs_statistics, return_statistics
+
+
+if __name__ == "__main__":
+    train(ppo.parse_args(sys.argv[1:], **DEFAULTS))
