@@ -177,17 +177,23 @@ def update_without_policy_clipping(
             if ppo.mean_over_processes(approx_kl.item()) > args.target_kl:
                 break
 
-    y_pred, y_true = b_values[b_inds], b_returns[b_inds]
-    explained_variance = 1 - (y_true - y_pred).var() / y_true.var()
-    return {
+    y_pred = b_values[b_inds]
+    y_true = b_returns[b_inds]
+    var_y = y_true.var().item()
+    explained_var = np.nan
+    if var_y > 0:
+        explained_var = 1 - (y_true - y_pred).var().item() / var_y
+
+    stats = {
         "value_loss": v_loss.item(),
         "policy_loss": pg_loss.item(),
         "entropy": mean_entropy.item(),
         "old_approx_kl": old_approx_kl.item(),
         "approx_kl": approx_kl.item(),
         "clipfrac": torch.stack(clipfracs).mean().item(),
-        "explained_variance": explained_variance.item(),
+        "explained_variance": explained_var,
     }
+    return {name: ppo.mean_over_processes(number) for name, number in stats.items()}
 
 
 def without_policy_clipping():

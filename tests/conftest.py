@@ -141,6 +141,7 @@ def workdir(tmp_path, monkeypatch):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {number: signal.getsignal(number) for number in ppo.STOP_SIGNALS}
+    CLOCK.latest = 0.0
 
     yield tmp_path
 
@@ -238,6 +239,8 @@ def agent_that_calls(function, update, num_steps=128, Agent=ppo.Agent):
     steps_played = 0
 
     class CallingAgent(Agent):
+        __module__ = Agent.__module__  # or a checkpoint would name another program
+
         def get_action(self, obs):
             nonlocal steps_played
             steps_played += 1
@@ -331,6 +334,7 @@ def finish(process, timeout=120):
     err = process.stderr_path.read_text()
     assert parts, f"still running after {timeout} seconds: {err}"
     code = process.wait(timeout)
+    CLOCK.latest = max(CLOCK.latest, CLOCK.real_time())
     (out,) = parts
     return SimpleNamespace(code=code, out=out, err=err, episodes=parse_episodes(out))
 

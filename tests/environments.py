@@ -60,7 +60,6 @@ class ReusingCorridor(Corridor):
 
 
 gym.register("Endless-v0", Corridor)
-gym.register("Terminates3-v0", Corridor, kwargs={"end": 3})
 gym.register("Terminates5-v0", Corridor, kwargs={"end": 5})
 gym.register("Terminates7-v0", Corridor, kwargs={"end": 7})
 gym.register("TimeLimit5-v0", Corridor, max_episode_steps=5)
@@ -92,11 +91,6 @@ class Mission(gym.spaces.Space):
     """A text, as MiniGrid has it. Gymnasium knows nothing about its size."""
 
 
-class NotFinite(Toy):
-    def step(self, action):
-        return np.full(2, np.nan, np.float32), 0.0, False, False, {}
-
-
 class WithoutRenderMode(Toy):
     def __init__(self):
         super().__init__()
@@ -120,7 +114,6 @@ register_toy(
 )
 register_toy("Mission", observation_space=gym.spaces.Dict(MISSION))
 register_toy("Exploding", reward=1e30)
-gym.register("NotFinite-v0", NotFinite)
 gym.register("WithoutRenderMode-v0", WithoutRenderMode)
 gym.register("Uninstalled-v0", uninstalled)
 
@@ -267,6 +260,9 @@ class Breaking(CartPoleEnv):
     def break_now(self):
         if self.how == "GivesNaN":
             return float("nan")
+        if self.how == "AsksToStop":
+            os.kill(os.getpid(), signal.SIGTERM)
+            return 1.0
         if self.how == "Exits":
             sys.exit()
         if self.how == "Dies":
@@ -289,6 +285,7 @@ WAYS = [
     "RaisesAtReset",
     "RaisesLocked",
     "GivesNaN",
+    "AsksToStop",
     "Exits",
     "Dies",
     "IsKilled",

@@ -77,8 +77,9 @@ def test_deterministic_means_the_likeliest_action(run, play):
             episodic_return += reward
             done = terminated or truncated
         expected.append(episodic_return)
-    flags = "--deterministic --episodes 3 --seed 5"
-    assert play(f"{result.folder} {flags}").returns == expected
+    flags = f"{result.folder} --episodes 3 --seed 5"
+    assert play(f"{flags} --deterministic").returns == expected
+    assert play(flags).returns != expected
 
 
 def test_what_was_learned_is_played(run, play):

@@ -32,7 +32,7 @@ def shortened(block):
     lines = []
     for line in block.splitlines():
         line = re.sub(
-            r"(?<=--total-timesteps )\d+", lambda n: str(int(n[0]) // 20), line
+            r"(?<=--total-timesteps )\d+", lambda n: str(int(n[0]) // 50), line
         )
         if re.search(r"python ppo_\w+\.py", line):  # which train long by default
             line += " --total-timesteps 2048"

@@ -35,9 +35,11 @@ import ppo
 
 
 @pytest.mark.parametrize("flags", ["", "--bootstrap-truncation"])
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1"])
-def test_async_trains_as_sync_does_to_the_last_bit(env_id, flags, run):
-    flags = f"--env-id {env_id} --total-timesteps 4096 {flags}"
+@pytest.mark.parametrize(
+    "env", ["CartPole-v1 --total-timesteps 2048", "Acrobot-v1 --total-timesteps 4096"]
+)
+def test_async_trains_as_sync_does_to_the_last_bit(env, flags, run):
+    flags = f"--env-id {env} {flags}"
     sync = run(f"{flags} --vectorization-mode sync")
     other = run(f"{flags} --vectorization-mode async")
     assert len(sync.episodes) >= 8
@@ -367,6 +369,17 @@ def test_a_stopped_torchrun_leaves_no_process_behind_and_can_be_resumed(workdir)
     assert saved_step(folder) == step
     assert stop_torchrun(f"--resume {folder}", signal.SIGINT) > step
     assert saved_step(folder) > step
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_the_same_update(workdir):
+    # The second process sends it to itself in its 150th step, in the second update.
+    process = torchrun("--env-id environments:AsksToStop2-v0")
+    result = finish(process)
+    assert "stopped at step 1024 of 25000" in result.out, result.err
+    assert not left_behind(process)
+    (folder,) = Path("runs").iterdir()
+    assert saved_step(folder) == 1024
 
 
 def stop_torchrun(flags, number):
