@@ -55,6 +55,8 @@ def load_program(path, name):
         raise ppo.RunEnded(message)
     if not path.exists():
         raise ppo.RunEnded(f"--program {path}: there is no such file")
+    # As with `python my_variant.py`, it may import what stands beside it.
+    sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
@@ -69,7 +71,8 @@ def play(args, envs, agent):
         with torch.no_grad():
             policy = agent.get_policy(torch.as_tensor(obs))
             action = policy.mode if args.deterministic else policy.sample()
-        obs, _, _, _, infos = envs.step(action.numpy())
+        action = action.numpy().astype(envs.single_action_space.dtype)
+        obs, _, _, _, infos = envs.step(action)
         if ppo.STATISTICS in infos:
             episodic_return = infos[ppo.STATISTICS]["r"][0]
             print(f"episode={len(returns)}, episodic_return={episodic_return}")
@@ -100,10 +103,9 @@ def evaluate(args):
 
     ppo.seed_generators(args.seed)
     torch.set_num_threads(trained.num_threads)
-    envs = program.make_envs(
-        trained, args.seed, video, "human" if args.render else None
-    )
-    agent = program.Agent(envs)
+    make_envs = getattr(program, "make_envs", ppo.make_envs)
+    envs = make_envs(trained, args.seed, video, "human" if args.render else None)
+    agent = getattr(program, "Agent", ppo.Agent)(envs)
     ppo.load_agent(agent, checkpoint)
     returns = play(args, envs, agent.eval())
     envs.close()  # this finishes the last video

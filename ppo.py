@@ -68,6 +68,7 @@ Sources, by the names that the comments use:
 import argparse
 import collections
 import contextlib
+import errno
 import hashlib
 import io
 import multiprocessing
@@ -348,7 +349,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
                 # A termination is a real end: the pole fell. A truncation is a time
                 # limit: the pole still stood.
                 next_obs, reward, terminations, truncations, infos = envs.step(
-                    action.cpu().numpy()
+                    action.cpu().numpy().astype(envs.single_action_space.dtype)
                 )
                 next_done = terminations | truncations
                 rewards[step] = torch.as_tensor(reward)
@@ -358,6 +359,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     rewards[step] += args.gamma * last_value
                 log.episodes(infos, global_step)
 
+            check_observations(args, next_obs)
             obs[T] = torch.as_tensor(next_obs)
             dones[T] = torch.as_tensor(next_done)
 
@@ -391,7 +393,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
                 b_returns=returns.flatten(0, 1),
                 b_values=values[:T].flatten(0, 1),
             )
-            check_for_divergence(args, global_step, rewards, agent)
+            check_for_divergence(args, global_step, rewards, stats, agent)
             log.update(optimizer, stats)
 
             # Save now and then, at the end, and before a stop.
@@ -773,7 +775,7 @@ def finish_parsing(parser, argv):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     checkpoint = None
-    if args.resume:
+    if args.resume is not None:  # an empty name is no new run
         args.resume = find_run(args.resume)
         checkpoint = load_checkpoint(args.resume)
         args = parse_args_of_resumed_run(parser, argv, args.resume, checkpoint["args"])
@@ -867,7 +869,9 @@ def set_up(args):
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        has_torchrun = torch.distributed.is_torchelastic_launched()
+        index = int(os.environ["LOCAL_RANK"]) if has_torchrun else 0
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)  # its random state belongs into checkpoints
         return device
     return torch.device("cpu")
@@ -1079,17 +1083,20 @@ def check_observations(args, next_obs):
         raise RunEnded(message, exit_code=1)
 
 
-def check_for_divergence(args, global_step, rewards, agent):
-    """Raise RunEnded if a reward or a parameter of the agent is NaN or infinite."""
+def check_for_divergence(args, global_step, rewards, stats, agent):
+    """Raise RunEnded if a reward, a loss or a parameter is NaN or infinite."""
     if not rewards.isfinite().all():
         message = (
             f"{args.env_id} gave a reward that is not finite by step {global_step}"
         )
         raise RunEnded(message, exit_code=1)
-    if not all(parameter.isfinite().all() for parameter in agent.parameters()):
+    # An infinite loss need not show in the parameters: clipping makes its gradient 0.
+    losses = [stats["policy_loss"], stats["value_loss"]]
+    parameters_are_finite = all(p.isfinite().all() for p in agent.parameters())
+    if not np.isfinite(losses).all() or not parameters_are_finite:
         raise RunEnded(
             f"the update at step {global_step} diverged: lower --learning-rate, or "
-            "scale the rewards",
+            "scale the rewards, or use fewer --num-minibatches",
             exit_code=1,
         )
 
@@ -1354,10 +1361,10 @@ class Logger:
         self.say(f"stopped at step {self.global_step} of {total}; {how}")
 
     def __exit__(self, kind, error, trace):
-        if self.is_silent:
-            return
         if error is not None and not isinstance(error, RunEnded):
             error.how_to_go_on = self.how_to_go_on(error)  # main() prints it
+        if self.is_silent:
+            return
         try:
             self.close(exit_code=int(error is not None))
         except Exception:
@@ -1376,7 +1383,8 @@ class Logger:
 
     def how_to_go_on(self, error):
         line = f"The run broke in step {self.global_step + self.args.num_envs}."
-        if isinstance(error, (EOFError, ConnectionError)):
+        has_workers = self.args.vectorization_mode == "async"
+        if has_workers and isinstance(error, (EOFError, ConnectionError)):
             line += " A worker process is gone, maybe because memory ran out."
         if (self.run_folder / CHECKPOINT_FILE).exists():
             line += f" To go on from its last checkpoint: --resume {self.run_folder}"
@@ -1447,7 +1455,7 @@ class Checkpoints:
             with open(temporary, "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
-                os.fsync(file)
+                sync_to_disk(file)
             os.replace(temporary, self.path)
         except OSError as error:
             raise RunEnded(
@@ -1455,6 +1463,15 @@ class Checkpoints:
                 f"{error}",
                 exit_code=1,
             ) from error
+
+
+def sync_to_disk(file):
+    """Wait until the file is on the disk, where the file system can do that."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def files_of_program(agent):

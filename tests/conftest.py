@@ -145,6 +145,7 @@ def workdir(tmp_path, monkeypatch):
 
     yield tmp_path
 
+    CLOCK.latest = 0.0  # the next test has a folder of its own
     while STARTED:
         process = STARTED.pop()
         for pid in left_behind(process, patience=0):

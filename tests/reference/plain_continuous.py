@@ -102,7 +102,6 @@ def train(args):
     logprobs = torch.zeros(shape)
     rewards = torch.zeros(shape)
     dones = torch.zeros(shape)
-    values = torch.zeros(shape)
 
     # Both begin as float32 because Gymnasium's do.
     obs_statistics = Statistics(obs_dim, np.float32)
@@ -131,10 +130,9 @@ def train(args):
             obs[step] = next_obs
             dones[step] = torch.Tensor(next_done)
             with torch.no_grad():
-                action, logprob, _, value = agent.get_action_and_value(next_obs)
+                action, logprob, _, _ = agent.get_action_and_value(obs[step])
             actions[step] = action
             logprobs[step] = logprob
-            values[step] = value.flatten()
 
             raw_obs = []
             raw_rewards = np.zeros(args.num_envs)
@@ -174,8 +172,13 @@ def train(args):
             scaled = raw_rewards / np.sqrt(return_statistics.var + 1e-8)
             rewards[step] = torch.Tensor(np.clip(scaled, -10, 10))
 
+        # The values of the rollout are computed at once, as in ppo.py. One by one they
+        # would differ in their last bits.
+        all_obs = torch.cat([obs, next_obs[None]]).reshape(-1, obs_dim)
         with torch.no_grad():
-            next_value = agent.critic(next_obs).flatten()
+            all_values = agent.critic(all_obs).reshape(-1, args.num_envs)
+        values = all_values[:-1]
+        next_value = all_values[-1]
         advantages = torch.zeros_like(rewards)
         last = 0
         for t in reversed(range(args.num_steps)):
