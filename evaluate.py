@@ -26,6 +26,7 @@ PROGRAMS = ["ppo", "ppo_continuous_action", "ppo_atari"]
 
 
 def parse_args(argv=None):
+    """Read the flags. Raises ppo.RunEnded if one is wrong."""
     parser = ppo.ArgumentParser()
     add = parser.add_argument
     add("run", nargs="?", default="newest", help="runs/<run name>")
@@ -123,6 +124,7 @@ def evaluate(args):
 
 
 def main(argv=None):
+    """Play, print the returns, and return them."""
     try:
         return evaluate(parse_args(argv))
     except ppo.RunEnded as ended:

@@ -706,6 +706,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def with_dashes(argument):
+    """Turn --learning_rate=0.1 into --learning-rate=0.1."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -731,6 +732,7 @@ class Switch(argparse.BooleanOptionalAction):
 
 
 def number_between(text, low, high):
+    """Return the text as a number, or raise ArgumentTypeError."""
     try:
         value = float(text)
     except ValueError:
@@ -742,6 +744,7 @@ def number_between(text, low, high):
 
 
 def whole_number(text, low=0, high=2**32 - 1):
+    """A whole number; by default one that may seed all generators."""
     value = number_between(text, low, high)  # so 1e6 counts, too
     if not value.is_integer():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text}")
@@ -749,10 +752,12 @@ def whole_number(text, low=0, high=2**32 - 1):
 
 
 def positive_int(text):
+    """A whole number that is not 0."""
     return whole_number(text, low=1, high=2**53)
 
 
 def fraction(text):
+    """A number between 0 and 1."""
     return number_between(text, 0, 1)
 
 
@@ -842,6 +847,7 @@ def add_processes(args, checkpoint):
 
 
 def add_sizes(args):
+    """Add the sizes that follow from the flags. Raises RunEnded if they do not fit."""
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
     args.num_updates = args.total_timesteps // args.batch_size
@@ -1166,6 +1172,7 @@ def process_group(args, device):
 
 
 def distributed():
+    """Whether torchrun has started several processes."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -1189,6 +1196,7 @@ def average_gradients(agent):
 
 
 def mean_over_processes(number):
+    """The mean of the processes' numbers."""
     if not distributed():
         return number
     total = torch.tensor(number, dtype=torch.float64)
@@ -1481,11 +1489,13 @@ def files_of_program(agent):
 
 
 def hash_of_program(agent):
+    """A hash that changes when a file of the program changes."""
     texts = [path.read_bytes() for path in files_of_program(agent)]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 def get_random_states():
+    """The states of all random generators of this process."""
     kind, keys, *rest = np.random.get_state()
     states = {
         "random": random.getstate(),
@@ -1498,6 +1508,7 @@ def get_random_states():
 
 
 def set_random_states(states):
+    """Restore what get_random_states() returned."""
     random.setstate(states["random"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -1605,6 +1616,7 @@ def main(argv=None, make_envs=make_envs, Agent=Agent, **defaults):
 
 
 def exit_with(ended):
+    """Print why the run has ended, if nobody has, and exit with its code."""
     if ended.exit_code < 128:  # the logger has spoken of a stop already
         print(f"error: {ended}", file=sys.stderr)
     sys.exit(ended.exit_code)
