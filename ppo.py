@@ -827,8 +827,7 @@ def parse_args_of_resumed_run(parser, argv, folder, saved):
 
 def add_processes(args, checkpoint):
     """Add what torchrun says: how many processes there are, and which one is ours."""
-    # Some schedulers set WORLD_SIZE, too, for processes that know nothing of each
-    # other.
+    # Some schedulers set WORLD_SIZE, too, but start each process as a run of its own.
     has_torchrun = torch.distributed.is_torchelastic_launched()
     args.world_size = int(os.environ["WORLD_SIZE"]) if has_torchrun else 1
     args.rank = int(os.environ["RANK"]) if has_torchrun else 0
@@ -875,8 +874,7 @@ def set_up(args):
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
-        has_torchrun = torch.distributed.is_torchelastic_launched()
-        index = int(os.environ["LOCAL_RANK"]) if has_torchrun else 0
+        index = int(os.environ["LOCAL_RANK"]) if args.world_size > 1 else 0
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)  # its random state belongs into checkpoints
         return device
