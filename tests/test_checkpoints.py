@@ -570,16 +570,3 @@ def test_without_a_connection_wandb_is_one_line_that_says_how_to_do_without(work
     (line,) = [x for x in result.err.splitlines() if x.startswith("error: ")]
     assert "--track" in line
     assert "WANDB_MODE=offline" in line
-
-
-@pytest.mark.slow
-def test_a_resumed_run_goes_on_with_the_same_wandb_run(workdir):
-    first = finish(start(ROOT / "ppo.py", "--track", "--total-timesteps", 512))
-    assert first.code == 0, first.err
-    (folder,) = Path("runs").iterdir()
-    wandb_id = ppo.load_checkpoint(folder)["wandb_id"]
-    more = ["--resume", folder, "--total-timesteps", 1024]
-    second = finish(start(ROOT / "ppo.py", *more))
-    assert second.code == 0, second.err
-    names = [path.name for path in Path("wandb").glob("offline-run-*")]
-    assert [name.split("-")[-1] for name in names] == [wandb_id, wandb_id]
