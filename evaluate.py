@@ -85,6 +85,7 @@ def play(args, envs, agent):
 
 def evaluate(args):
     """Play as the flags say, and return the returns of the episodes."""
+    ppo.check_gymnasium()
     run_folder = ppo.find_run(args.run)
     checkpoint = ppo.load_checkpoint(run_folder)
     program = load_program(args.program, checkpoint["program"])
@@ -96,7 +97,8 @@ def evaluate(args):
         trained.vectorization_mode = "sync"
     video = None
     if args.capture_video:
-        video_folder = Path("videos", Path(run_folder).resolve().name, "evaluation")
+        run_name = Path(run_folder).resolve().name
+        video_folder = Path("videos", run_name, "evaluation").absolute()
         video = {
             "video_folder": str(video_folder),
             "episode_trigger": lambda episode: episode < args.episodes,
@@ -119,7 +121,7 @@ def evaluate(args):
         raise ppo.RunEnded("no episode ended within --max-steps", exit_code=1)
     print(f"mean={np.mean(returns):.2f}, std={np.std(returns):.2f}")
     if video:
-        print(f"videos: {video_folder}")
+        print(f"videos: {ppo.shown(video_folder)}")
     return returns
 
 

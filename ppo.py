@@ -73,6 +73,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
@@ -87,7 +88,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-from gymnasium.vector import AutoresetMode
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -154,7 +154,13 @@ def parse_args(argv=None, **defaults):
     add("--wandb-entity", type=optional(str), default=None, help="user or team there")
     add("--capture-video", action=Switch, default=False, help="record to videos/")
     add("--checkpoint-interval", type=amount, default=60, help="seconds, or 0 for none")
-    add("--resume", nargs="?", const="newest", help="folder of a run, or the newest")
+    add(
+        "--resume",
+        nargs="?",
+        const="newest",
+        help="folder of a run to go on with, or none for the newest, or auto for the "
+        "newest with this env-id, exp-name and seed, if there is one",
+    )
 
     parser.set_defaults(**defaults)
     return finish_parsing(parser, argv)
@@ -180,7 +186,7 @@ def make_envs(args, seed, video=None, render_mode=None):
     # data become more varied, too: consecutive steps of one environment are much alike,
     # and steps of independent environments are not. Whenever an episode ends, the next
     # one begins by itself. ([PPO] algorithm 1; [A3C] had many at once, too.)
-    same_step = AutoresetMode.SAME_STEP
+    same_step = gym.vector.AutoresetMode.SAME_STEP
     envs = vectorize(make_env, args, seed, same_step, video, render_mode)
     check_spaces(args, envs)
     return gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key=STATISTICS)
@@ -268,7 +274,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
     an environment are not caught.
     """
     device = set_up(args)
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    checkpoint = checkpoint_to_resume(args, Agent)
     run_folder, video_folder = choose_folders(args)
 
     # The next four are in part two. They notice signals that ask the run to stop, open
@@ -329,10 +335,11 @@ def train(args, make_envs=make_envs, Agent=Agent):
             # Detail 4: learning rate annealing. Large steps come first, for fast
             # progress. The rate falls linearly towards 0, so that in the end the policy
             # settles. ([PPO] table 5)
-            # For another schedule, change frac.
+            # For another schedule, change frac. (A number of NumPy's in the optimizer
+            # would make checkpoints unreadable, hence float.)
             if args.anneal_lr:
                 frac = 1 - (iteration - 1) / args.num_updates
-                optimizer.param_groups[0]["lr"] = frac * args.learning_rate
+                optimizer.param_groups[0]["lr"] = float(frac * args.learning_rate)
 
             # The rollout. The environments reuse the array next_obs; obs keeps a copy.
             for step in range(T):
@@ -398,7 +405,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
 
             # Save now and then, at the end, and before a stop.
             stop_signal = max_over_processes(stop.received)
-            is_last = iteration == args.num_updates or stop_signal > 0
+            is_last = iteration == args.num_updates or stop_signal > 0 or log.failed()
             if checkpoints.due(is_last):
                 checkpoints.save(
                     agent=agent,
@@ -407,6 +414,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     environments=(envs, next_obs, next_done),
                     wandb_id=log.wandb_id,
                 )
+            log.end_if_failed()
             if stop_signal:
                 log.say_stopped()
                 break
@@ -687,6 +695,12 @@ class RunEnded(Exception):
         self.exit_code = exit_code
 
 
+def note(text):
+    """Print a remark, in the first process only."""
+    if number_from_torchrun("RANK", 0) == 0:
+        print(f"note: {text}")
+
+
 # Settings
 
 
@@ -780,8 +794,11 @@ def finish_parsing(parser, argv):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     checkpoint = None
-    if args.resume is not None:  # an empty name is no new run
+    if args.resume == "auto":
+        args.resume = newest_run(begin_of_run_name(args))
+    elif args.resume is not None:  # an empty name is no new run
         args.resume = find_run(args.resume)
+    if args.resume:
         checkpoint = load_checkpoint(args.resume)
         args = parse_args_of_resumed_run(parser, argv, args.resume, checkpoint["args"])
     args.first_step = checkpoint["global_step"] if checkpoint else 0
@@ -804,7 +821,7 @@ def parse_args_of_resumed_run(parser, argv, folder, saved):
         if name in saved:
             was[name] = saved[name]
         else:
-            print(f"note: {name}={was[name]} is new since this run was saved")
+            note(f"{name}={was[name]} is new since this run was saved")
     parser.set_defaults(**was)
     args = parser.parse_args(argv)
     args.resume = was["resume"] = folder
@@ -813,9 +830,9 @@ def parse_args_of_resumed_run(parser, argv, folder, saved):
     if args.total_timesteps > was["total_timesteps"]:
         del changed["total_timesteps"]
         if args.anneal_lr:
-            print(
-                f"note: annealed over {args.total_timesteps} steps now, the learning "
-                "rate goes on higher than it was"
+            note(
+                f"annealed over {args.total_timesteps} steps now, the learning rate "
+                "goes on higher than it was"
             )
     if changed:
         raise RunEnded(
@@ -825,12 +842,18 @@ def parse_args_of_resumed_run(parser, argv, folder, saved):
     return args
 
 
+def number_from_torchrun(name, default):
+    """What torchrun has written into the environment of this process."""
+    # Some schedulers set WORLD_SIZE, too, but start each process as a run of its own.
+    if torch.distributed.is_torchelastic_launched():
+        return int(os.environ[name])
+    return default
+
+
 def add_processes(args, checkpoint):
     """Add what torchrun says: how many processes there are, and which one is ours."""
-    # Some schedulers set WORLD_SIZE, too, but start each process as a run of its own.
-    has_torchrun = torch.distributed.is_torchelastic_launched()
-    args.world_size = int(os.environ["WORLD_SIZE"]) if has_torchrun else 1
-    args.rank = int(os.environ["RANK"]) if has_torchrun else 0
+    args.world_size = number_from_torchrun("WORLD_SIZE", 1)
+    args.rank = number_from_torchrun("RANK", 0)
     args.local_num_envs = args.num_envs // args.world_size
     if args.num_envs % args.world_size:
         raise RunEnded(
@@ -867,15 +890,28 @@ def add_sizes(args):
         )
 
 
+def check_gymnasium():
+    """Raise RunEnded if Gymnasium is too old: other packages may have asked for that.
+
+    Before 1.4 it counts all episodes but the first one step and one reward short.
+    """
+    major, minor = gym.__version__.split(".")[:2]
+    if (int(major), int(minor)) < (1, 4):
+        raise RunEnded(
+            f"Gymnasium {gym.__version__} is installed, and 1.4 or later is needed: "
+            'pip install "gymnasium>=1.4"'
+        )
+
+
 def set_up(args):
     """Seed all random generators, set up torch, and return the device to use."""
+    check_gymnasium()
     seed_generators(args.seed + args.rank)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic CUDA
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
-        index = int(os.environ["LOCAL_RANK"]) if args.world_size > 1 else 0
-        device = torch.device("cuda", index)
+        device = torch.device("cuda", number_from_torchrun("LOCAL_RANK", 0))
         torch.cuda.set_device(device)  # its random state belongs into checkpoints
         return device
     return torch.device("cpu")
@@ -889,15 +925,33 @@ def seed_generators(seed):
 
 
 def choose_folders(args):
-    """Return the folder of the run and the folder of its videos, as paths."""
+    """Return the folder of the run and the folder of its videos.
+
+    The paths are absolute, as some environments change the working folder.
+    """
     now = int(time.time())
     if args.resume:
         run_folder = Path(args.resume)
         name = run_folder.resolve().name
-        return run_folder, Path("videos", name, f"from-step-{args.first_step}__{now}")
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
-    name = re.sub(r"[/\\:\s]", "-", name)
-    return Path("runs", name), Path("videos", name)
+        video_folder = Path("videos", name, f"from-step-{args.first_step}__{now}")
+    else:
+        name = f"{begin_of_run_name(args)}{now}"
+        run_folder = Path("runs", name)
+        video_folder = Path("videos", name)
+    return run_folder.absolute(), video_folder.absolute()
+
+
+def begin_of_run_name(args):
+    """The name of a run, as far as it follows from the flags."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__"
+    return re.sub(r"[/\\:\s]", "-", name)
+
+
+def shown(path):
+    """A path as it is printed: short, if it is below the working folder."""
+    if path.is_relative_to(Path.cwd()):
+        return path.relative_to(Path.cwd())
+    return path
 
 
 # Environments
@@ -934,7 +988,8 @@ def vectorize(make_env, args, seed, autoreset_mode, video=None, render_mode=None
         raise RunEnded(f"--env-id {args.env_id}: {error}") from error
 
     batch_mode = envs.metadata.get("autoreset_mode")
-    if batch_mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+    modes = gym.vector.AutoresetMode
+    if batch_mode not in (modes.NEXT_STEP, modes.SAME_STEP):
         raise RunEnded(
             f"--env-id {args.env_id}: its metadata has autoreset_mode {batch_mode}, "
             "not NEXT_STEP or SAME_STEP, in which episodes follow each other"
@@ -951,7 +1006,7 @@ def resets_in_same_step(envs):
     ends an episode returns its last observation. The next step ignores the action, and
     only resets.
     """
-    return envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+    return envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
 
 
 def make_thunk(make_env, args, seed, video, render_mode):
@@ -1003,6 +1058,10 @@ class ErrorsAsText(gym.Wrapper):
 def flatten_observations(env):
     """Discrete becomes one-hot; Dict, Tuple and images become one long vector."""
     space = env.observation_space
+    if has_integers(space):
+        env = gym.wrappers.TransformObservation(
+            env, lambda obs: check_type(obs, space, env), space
+        )
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
         return env
     try:
@@ -1012,6 +1071,35 @@ def flatten_observations(env):
             f"{env.spec.id}: its observations are {space}, and a part of that, such as "
             "a text, has no fixed size that Gymnasium knows"
         ) from error
+
+
+def has_integers(space):
+    """Whether a part of the space promises whole numbers."""
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts = space.values() if isinstance(space, gym.spaces.Dict) else space
+        return any(has_integers(part) for part in parts)
+    return space.dtype is not None and np.issubdtype(space.dtype, np.integer)
+
+
+def check_type(obs, space, env):
+    """Return the observation, or raise RunEnded if it is not of the promised type.
+
+    Fractions would be cut off where a space promises bytes, and the agent would see 0.
+    """
+    if isinstance(space, gym.spaces.Dict):
+        for name, part in space.items():
+            check_type(obs[name], part, env)
+    elif isinstance(space, gym.spaces.Tuple):
+        for value, part in zip(obs, space, strict=True):
+            check_type(value, part, env)
+    elif has_integers(space):
+        array = np.asarray(obs)
+        if array.dtype != space.dtype and (array.astype(space.dtype) != array).any():
+            raise RunEnded(
+                f"{env.spec.id}: an observation is of type {array.dtype}, and its "
+                f"values do not fit into the {space.dtype} of its space {space}"
+            )
+    return obs
 
 
 def check_spaces(args, envs):
@@ -1075,8 +1163,7 @@ def restore_envs(args, checkpoint):
             return envs, last_step
         except Exception as error:  # the program or a library has changed
             reason = repr(error)
-    if args.rank == 0:
-        print(f"note: the environments begin new episodes, as {reason}")
+    note(f"the environments begin new episodes, as {reason}")
     return None, None
 
 
@@ -1243,15 +1330,30 @@ class Logger:
         self.wandb_id = checkpoint["wandb_id"] if checkpoint else None
         self.logged_videos = set()
         self.last_returns = collections.deque(maxlen=100)
+        self.lock = None
+        self.error = None  # why the log can no longer be written
+        self.old_excepthook = threading.excepthook
 
     def __enter__(self):
         self.start_time = time.perf_counter()
         if self.is_silent:
             return self
+        try:
+            self.open()
+        except BaseException:
+            self.unlock()
+            raise
+        return self
+
+    def open(self):
+        if self.args.resume:
+            self.lock = lock_folder(self.run_folder)
+            date_back_logs(self.run_folder)
         if self.args.track:
             self.start_wandb()  # before SummaryWriter, whose output it copies
         if not self.args.resume:
             self.make_run_folder()
+            self.lock = lock_folder(self.run_folder)
         # Points that a killed run has logged after its checkpoint are hidden.
         self.writer = SummaryWriter(
             self.run_folder, purge_step=self.args.first_step + 1
@@ -1262,8 +1364,8 @@ class Logger:
             unit="step",
             disable=not sys.stderr.isatty(),
         )
+        threading.excepthook = self.error_in_thread
         self.write_settings()
-        return self
 
     def make_run_folder(self):
         try:
@@ -1292,6 +1394,11 @@ class Logger:
             ) from error
         self.wandb = wandb
         self.wandb_id = run.id
+        try:
+            check_config(self.args, run.config)
+        except RunEnded:
+            run.finish(exit_code=2)
+            raise
 
     def say(self, line):
         if not self.is_silent:
@@ -1300,8 +1407,9 @@ class Logger:
     def write_settings(self):
         """Print and log the flags, and the spaces of the environments."""
         settings = dict(vars(self.args))
-        settings["observation_space"] = self.envs.single_observation_space
-        settings["action_space"] = self.envs.single_action_space
+        spaces = self.envs.unwrapped  # the environment's own, not those of wrappers
+        settings["observation_space"] = spaces.single_observation_space
+        settings["action_space"] = spaces.single_action_space
         rows = ["|flag|value|", "|-|-|"]
         for name, value in settings.items():
             value = " ".join(str(value).split())  # spaces may take several lines
@@ -1312,7 +1420,33 @@ class Logger:
     def add_scalar(self, tag, value):
         if self.is_silent:
             return
-        self.writer.add_scalar(tag, value, self.global_step)
+        with self.keep_error():
+            self.writer.add_scalar(tag, value, self.global_step)
+
+    @contextlib.contextmanager
+    def keep_error(self):
+        """Keep the error if the log cannot be written; train() saves before it ends."""
+        try:
+            yield
+        except OSError as error:  # the disk is full, or the folder is gone
+            self.error = error
+
+    def error_in_thread(self, details):
+        """Keep quiet about what TensorBoard's thread also tells keep_error()."""
+        if not isinstance(details.exc_value, OSError):
+            self.old_excepthook(details)
+
+    def failed(self):
+        """Whether the log can no longer be written."""
+        return self.error is not None
+
+    def end_if_failed(self):
+        """Raise RunEnded if the log can no longer be written."""
+        if self.failed():
+            raise RunEnded(
+                f"cannot write the log in {shown(self.run_folder)}: {self.error}",
+                exit_code=1,
+            ) from self.error
 
     def episodes(self, infos, global_step):
         """Print each finished episode; the curve gets the mean of those of one step."""
@@ -1349,7 +1483,8 @@ class Logger:
         self.bar.update(self.args.batch_size)
         # What is printed and logged must never be behind a checkpoint that comes now.
         sys.stdout.flush()
-        self.writer.flush()
+        with self.keep_error():
+            self.writer.flush()
 
     def upload_videos(self):
         """Upload what has been recorded. W&B's own monitor_gym breaks Gymnasium 1.0."""
@@ -1362,7 +1497,7 @@ class Logger:
     def say_stopped(self):
         how = "it has no checkpoint"
         if self.args.checkpoint_interval:
-            how = f"to go on: the same command with --resume {self.run_folder}"
+            how = f"to go on: the same command with --resume {shown(self.run_folder)}"
         total = self.args.total_timesteps
         self.say(f"stopped at step {self.global_step} of {total}; {how}")
 
@@ -1371,6 +1506,7 @@ class Logger:
             error.how_to_go_on = self.how_to_go_on(error)  # main() prints it
         if self.is_silent:
             return
+        threading.excepthook = self.old_excepthook
         try:
             self.close(exit_code=int(error is not None))
         except Exception:
@@ -1378,14 +1514,22 @@ class Logger:
                 raise
             # Otherwise the first error is the one to show.
         if error is None:
-            videos = f" and {self.video_folder}" if self.args.capture_video else ""
-            self.say(f"results: {self.run_folder}{videos}")
+            line = f"results: {shown(self.run_folder)}"
+            if self.args.capture_video:
+                line += f" and {shown(self.video_folder)}"
+            self.say(line)
 
     def close(self, exit_code):
         self.bar.close()
+        self.unlock()
         self.writer.close()
         if self.wandb:
             self.wandb.finish(exit_code=exit_code)
+
+    def unlock(self):
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def how_to_go_on(self, error):
         line = f"The run broke in step {self.global_step + self.args.num_envs}."
@@ -1393,8 +1537,71 @@ class Logger:
         if has_workers and isinstance(error, (EOFError, ConnectionError)):
             line += " A worker process is gone, maybe because memory ran out."
         if (self.run_folder / CHECKPOINT_FILE).exists():
-            line += f" To go on from its last checkpoint: --resume {self.run_folder}"
+            folder = shown(self.run_folder)
+            line += f" To go on from its last checkpoint: --resume {folder}"
         return line
+
+
+def check_config(args, config):
+    """Raise RunEnded if W&B's table would show other flags than those of the run.
+
+    A sweep writes its values into this table. The program gets them only if the sweep's
+    command passes them on.
+    """
+    grows = ["total_timesteps", "num_updates", "first_step", "env_seed", "resume"]
+    for name, value in vars(args).items():
+        if args.resume and name in grows:
+            continue
+        in_table = config.get(name, value)
+        if not same_setting(in_table, value):
+            raise RunEnded(
+                f"W&B shows {name}={in_table}, but the run has {value}. In a sweep, "
+                "the command must end in ${args}, and not in ${args_no_boolean_flags}."
+            )
+
+
+def same_setting(one, other):
+    """Whether both mean the same: a sweep's file may hold 1e-3 or True as a text."""
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        return str(one) == str(other)
+
+
+def lock_folder(folder):
+    """Keep other runs out of this folder for as long as this process lives.
+
+    Returns a file descriptor; closing it unlocks the folder. Raises RunEnded if another
+    process has locked it. Does nothing where the system has no such locks.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise RunEnded(f"the run in {shown(folder)} is still running") from error
+    except OSError:  # some network file systems
+        pass
+    return descriptor
+
+
+def date_back_logs(folder):
+    """Rename TensorBoard's files in this folder that are not older than this second.
+
+    TensorBoard reads them in the order of the times in their names. So where the clock
+    of this machine is behind, it would read those of the resumed run first, and drop
+    what they hold.
+    """
+    limit = int(time.time())
+    for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
+        parts = path.name.split(".")
+        limit = min(limit - 1, int(parts[3]))
+        parts[3] = f"{limit:010d}"
+        path.rename(path.with_name(".".join(parts)))
 
 
 # Checkpoints
@@ -1414,8 +1621,9 @@ class Checkpoints:
     def due(self, is_last):
         if self.args.checkpoint_interval == 0:
             return False
-        seconds = max_over_processes(time.perf_counter() - self.saved_at)
-        return is_last or seconds >= self.args.checkpoint_interval
+        seconds = time.perf_counter() - self.saved_at
+        is_due = is_last or seconds >= self.args.checkpoint_interval
+        return max_over_processes(int(is_due)) == 1
 
     def save(self, agent, optimizer, global_step, environments, wandb_id):
         random_states = gather_from_processes(get_random_states())
@@ -1423,9 +1631,10 @@ class Checkpoints:
         if self.args.rank == 0:
             checkpoint = {
                 "version": CHECKPOINT_VERSION,
+                "saved_at": time.time(),
                 "python": list(sys.version_info[:2]),
-                "program": files_of_program(agent)[0].stem,
-                "program_hash": hash_of_program(agent),
+                "program": files_of_program(type(agent))[0].stem,
+                "program_hash": hash_of_program(type(agent)),
                 "args": vars(self.args),
                 "global_step": global_step,
                 "wandb_id": wandb_id,
@@ -1455,9 +1664,15 @@ class Checkpoints:
         buffer = io.BytesIO()  # torch would not say that a disk is full
         torch.save(checkpoint, buffer)
         buffer.seek(0)
-        torch.load(buffer, weights_only=True)  # what cannot be read is not to be saved
+        try:
+            torch.load(buffer, weights_only=True)
+        except pickle.UnpicklingError:
+            places = "; ".join(find_foreign(checkpoint, "checkpoint"))
+            raise TypeError(f"this could not be read back: {places}") from None
         temporary = self.path.with_suffix(".tmp")
         try:
+            # If somebody has renamed the folder meanwhile, the work is not lost.
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
@@ -1465,10 +1680,27 @@ class Checkpoints:
             os.replace(temporary, self.path)
         except OSError as error:
             raise RunEnded(
-                f"cannot save {self.path} (if it was there before, it is still whole): "
+                f"cannot save {shown(self.path)} (if it was there before, it is still "
+                f"whole): "
                 f"{error}",
                 exit_code=1,
             ) from error
+
+
+def find_foreign(item, place):
+    """Say where in a checkpoint there is something that load_checkpoint() refuses."""
+    if isinstance(item, dict):
+        parts = item.items()
+    elif isinstance(item, list | tuple):
+        parts = enumerate(item)
+    elif type(item) in (str, int, float, bool, bytes, type(None), torch.Tensor):
+        return []
+    else:
+        return [f"{place} is a {type(item).__module__}.{type(item).__name__}"]
+    found = []
+    for key, part in parts:
+        found += find_foreign(part, f"{place}[{key!r}]")
+    return found
 
 
 def sync_to_disk(file):
@@ -1480,15 +1712,15 @@ def sync_to_disk(file):
             raise
 
 
-def files_of_program(agent):
+def files_of_program(Agent):
     """The files that define the agent and the rest; they may be the same."""
-    module = sys.modules[type(agent).__module__]
+    module = sys.modules[Agent.__module__]
     return [Path(getattr(module, "__file__", __file__)), Path(__file__)]
 
 
-def hash_of_program(agent):
+def hash_of_program(Agent):
     """A hash that changes when a file of the program changes."""
-    texts = [path.read_bytes() for path in files_of_program(agent)]
+    texts = [path.read_bytes() for path in files_of_program(Agent)]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
@@ -1516,13 +1748,42 @@ def set_random_states(states):
 
 def find_run(name):
     """The folder of a run, given as such, as its checkpoint.pt, or as "newest"."""
-    if name != "newest":
-        path = Path(name)
-        return str(path.parent if path.name == CHECKPOINT_FILE else path)
-    paths = list(Path("runs").glob(f"*/{CHECKPOINT_FILE}"))
-    if not paths:
-        raise RunEnded(f"there is no run to go on with: no runs/*/{CHECKPOINT_FILE}")
-    return str(max(paths, key=os.path.getmtime).parent)
+    if name == "newest":
+        folder = newest_run()
+        if folder is None:
+            raise RunEnded(f"there is no run in runs/ that has a {CHECKPOINT_FILE}")
+        return folder
+    path = Path(name)
+    return str(path.parent if path.name == CHECKPOINT_FILE else path)
+
+
+def newest_run(begin=""):
+    """The folder in runs/ whose checkpoint is the newest, or None.
+
+    Only folders whose names begin like this count. The time is the one in the
+    checkpoint, as copying changes the times of files.
+    """
+    newest = None
+    latest = -1.0
+    for path in sorted(Path("runs").glob(f"*/{CHECKPOINT_FILE}")):
+        if path.parent.name.startswith(begin):
+            saved_at = read_checkpoint(path).get("saved_at", 0.0)
+            if saved_at > latest:
+                newest = str(path.parent)
+                latest = saved_at
+    return newest
+
+
+def read_checkpoint(path):
+    """Read a checkpoint of any version. Raises RunEnded if it is not one."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint.get("version")  # so it is a dict
+    except FileNotFoundError as error:
+        raise RunEnded(f"there is no {path}") from error
+    except Exception as error:  # a file can be wrong in many ways
+        raise RunEnded(f"{path} is not a whole checkpoint: {error!r}") from error
+    return checkpoint
 
 
 def load_checkpoint(folder):
@@ -1531,15 +1792,27 @@ def load_checkpoint(folder):
     The environments in it stay pickled; see restore_envs().
     """
     path = Path(folder, CHECKPOINT_FILE)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version = checkpoint.get("version")
-    except FileNotFoundError as error:
-        raise RunEnded(f"there is no {path}") from error
-    except Exception as error:  # a file can be wrong in many ways
-        raise RunEnded(f"{path} is not a whole checkpoint: {error!r}") from error
-    if version != CHECKPOINT_VERSION:
+    checkpoint = read_checkpoint(path)
+    if checkpoint.get("version") != CHECKPOINT_VERSION:
         raise RunEnded(f"{path} was saved by another version of this program")
+    return checkpoint
+
+
+def checkpoint_to_resume(args, Agent):
+    """The checkpoint that --resume names, or None for a new run."""
+    if not args.resume:
+        return None
+    checkpoint = load_checkpoint(args.resume)
+    program = files_of_program(Agent)[0].stem
+    if checkpoint["program"] != program:
+        raise RunEnded(
+            f"the run in {args.resume} was made by {checkpoint['program']}.py, not by "
+            f"{program}.py"
+        )
+    if checkpoint["program_hash"] != hash_of_program(Agent):
+        note("the program has changed since this run was saved")
+    if args.first_step == args.num_updates * args.batch_size:
+        note("this run is complete; a larger --total-timesteps would go on")
     return checkpoint
 
 
@@ -1565,8 +1838,6 @@ def restore_or_reset(args, envs, agent, optimizer, checkpoint, restored_step):
         saved = checkpoint["optimizer"]
         saved["param_groups"] = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(saved)
-        if args.rank == 0 and checkpoint["program_hash"] != hash_of_program(agent):
-            print("note: the program has changed since this run was saved")
     copy_to_all_processes(agent)
 
     if restored_step:

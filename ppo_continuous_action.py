@@ -37,8 +37,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-from gymnasium.vector import AutoresetMode
-from gymnasium.wrappers import vector as wrappers
 from torch.distributions import Independent, Normal
 
 import ppo
@@ -50,9 +48,10 @@ def make_envs(args, seed, video=None, render_mode=None):
     if args.vectorization_mode == "vector_entry_point":
         raise ppo.RunEnded("continuous actions need --vectorization-mode sync or async")
     # NormalizeObservation knows only this mode.
-    mode = AutoresetMode.NEXT_STEP
+    mode = gym.vector.AutoresetMode.NEXT_STEP
     envs = ppo.vectorize(ppo.make_env, args, seed, mode, video, render_mode)
     check_actions(args, envs.single_action_space)
+    wrappers = gym.wrappers.vector
 
     # This comes first, so it counts the environment's own rewards.
     envs = wrappers.RecordEpisodeStatistics(envs, stats_key=ppo.STATISTICS)
@@ -61,10 +60,17 @@ def make_envs(args, seed, video=None, render_mode=None):
     # environment gets the action clipped to its range. The learner keeps the action as
     # it was drawn, because this is the one whose probability it knows. ([Huang];
     # [baselines] does the same.)
+    #
+    # The deviation is 1 at first, which suits ranges like -1 to 1. If a range is far
+    # from that, the action is scaled, so that -1 to 1 means the whole range. (This is
+    # ours. The robots need no scale.)
     low, high = envs.single_action_space.low, envs.single_action_space.high
+    middle, scale = scale_of_actions(low, high)
     unbounded = gym.spaces.Box(-np.inf, np.inf, low.shape, np.float32)
     envs = wrappers.TransformAction(
-        envs, lambda action: np.clip(action, low, high), single_action_space=unbounded
+        envs,
+        lambda action: np.clip(middle + scale * action, low, high),
+        single_action_space=unbounded,
     )
 
     # Detail C6: normalized observations. Positions, angles and speeds have scales of
@@ -100,6 +106,25 @@ def check_actions(args, space):
             f"--env-id {args.env_id}: its actions are {space}, not a Box of real "
             "numbers in one row (for Discrete: python ppo.py)"
         )
+
+
+def scale_of_actions(low, high):
+    """Return middle and scale, so that middle + scale * action suits the range.
+
+    low, high: (action_dim,), the range of each component. The results have the same
+    shape. They are 0 and 1 where the range is without bounds, or where draws from a
+    normal distribution with mean 0 and deviation 1 cover it well enough as it is.
+    """
+    is_bounded = (low > -1e30) & (high < 1e30)
+    low = np.where(is_bounded, low, -1.0)
+    high = np.where(is_bounded, high, 1.0)
+    is_large = np.maximum(-low, high) > 5
+    is_small = high - low < 0.2
+    is_elsewhere = (low > 0.5) | (high < -0.5)
+    is_far = is_large | is_small | is_elsewhere
+    middle = np.where(is_far, (low + high) / 2, 0.0)
+    scale = np.where(is_far, (high - low) / 2, 1.0)
+    return middle.astype(np.float32), scale.astype(np.float32)
 
 
 class Statistics(nn.Module):
