@@ -22,7 +22,14 @@ import ppo
 # A checkpoint may be a stranger's, so it may only choose a program of this list. Which
 # other program is imported, the user says. (The module that an environment's id names,
 # as in my_module:MyEnv-v0, is imported: without it there is no environment.)
-PROGRAMS = ["ppo", "ppo_continuous_action", "ppo_atari"]
+PROGRAMS = [
+    "ppo",
+    "ppo_continuous_action",
+    "ppo_atari",
+    "ppo_memory",
+    "ppo_multi_discrete",
+    "ppo_pixels",
+]
 
 
 def parse_args(argv=None):
@@ -70,8 +77,7 @@ def play(args, envs, agent):
     obs, _ = envs.reset(seed=args.seed)
     for _ in range(args.max_steps):
         with torch.no_grad():
-            policy = agent.get_policy(torch.as_tensor(obs))
-            action = policy.mode if args.deterministic else policy.sample()
+            action, _ = agent.get_action(torch.as_tensor(obs), args.deterministic)
         action = action.numpy().astype(envs.single_action_space.dtype)
         obs, _, _, _, infos = envs.step(action)
         if ppo.STATISTICS in infos:
@@ -93,6 +99,7 @@ def evaluate(args):
 
     trained = argparse.Namespace(**checkpoint["args"])
     trained.local_num_envs = 1
+    trained.num_minibatches = 1  # with a memory, it must divide the environments
     if trained.vectorization_mode == "async" or program is ppo:
         trained.vectorization_mode = "sync"
     video = None

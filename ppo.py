@@ -29,15 +29,16 @@ class that is not imported is in part two, which is the run: the types of flags,
 processes, signals, torchrun, logs and checkpoints. You may stop before it.
 
 Eleven implementation details belong to PPO as most people use it. Some of them are the
-algorithm (1, 5, 6, 8, 10), and the others are choices of its original code. Each is
-explained where it happens, with its source. Search for "Detail 5:", for example.
+algorithm (1, 5, 6, 8, 10), and the others are choices of its original code. Two more
+help to see what it does, and to keep it simple. Each is explained where it happens,
+with its source. Search for "Detail 5:", for example.
 
     1. vectorized environments           8. clipped policy objective
     2. orthogonal initialization         9. clipped value loss
     3. Adam's epsilon                   10. overall loss with an entropy bonus
     4. learning rate annealing          11. global gradient clipping
-    5. generalized advantage estimation
-    6. minibatches                      Debug variables
+    5. generalized advantage estimation 12. debug variables
+    6. minibatches                      13. separate networks
     7. advantage normalization          Bonus: early stopping
 
 Sources, by the names that the comments use:
@@ -69,6 +70,7 @@ import argparse
 import collections
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import multiprocessing
@@ -95,9 +97,10 @@ from tqdm import tqdm
 # Part one: the algorithm
 
 
-def parse_args(argv=None, **defaults):
+def parse_args(argv=None, add_flags=None, **defaults):
     """Read the flags. Programs that import this one may override the ``defaults``.
 
+    ``add_flags``, a function that is given the parser, may add more of them.
     Values that follow from the flags are added, such as batch_size = num_envs *
     num_steps and num_updates = total_timesteps // batch_size. Raises RunEnded if a flag
     is wrong.
@@ -162,15 +165,15 @@ def parse_args(argv=None, **defaults):
         "newest with this env-id, exp-name and seed, if there is one",
     )
 
+    if add_flags:
+        add_flags(parser)
     parser.set_defaults(**defaults)
     return finish_parsing(parser, argv)
 
 
 def make_env(args, render_mode=None):
     """Make one environment, whose observations are flat vectors of numbers."""
-    options = {"render_mode": render_mode} if render_mode else {}
-    env = gym.make(args.env_id, disable_env_checker=True, **options)
-    return flatten_observations(env)
+    return flatten_observations(make_raw_env(args, render_mode))
 
 
 def make_envs(args, seed, video=None, render_mode=None):
@@ -188,7 +191,8 @@ def make_envs(args, seed, video=None, render_mode=None):
     # one begins by itself. ([PPO] algorithm 1; [A3C] had many at once, too.)
     same_step = gym.vector.AutoresetMode.SAME_STEP
     envs = vectorize(make_env, args, seed, same_step, video, render_mode)
-    check_spaces(args, envs)
+    check_actions(args, envs)
+    check_flat(args, envs)
     return gym.wrappers.vector.RecordEpisodeStatistics(envs, stats_key=STATISTICS)
 
 
@@ -212,11 +216,19 @@ class Agent(nn.Module):
     action.
     """
 
+    # An agent that remembers earlier steps has to learn from whole sequences of steps.
+    # This one does not.
+    has_memory = False
+
     def __init__(self, envs):
         super().__init__()
         obs_dim = envs.single_observation_space.shape[0]
         num_actions = envs.single_action_space.n
 
+        # Detail 13: separate networks. Actor and critic share no layers, so neither can
+        # spoil what the other has learned. Where inputs are pictures, sharing saves so
+        # much work that people do it. ([PPO] section 6.1; [Huang] found it better.)
+        #
         # The last layer of the critic has gain 1, as no activation follows it.
         # ([baselines])
         self.critic = nn.Sequential(
@@ -247,13 +259,13 @@ class Agent(nn.Module):
         logits = self.actor(obs.float())
         return Categorical(logits=logits, validate_args=False)  # checks cost time
 
-    def get_action(self, obs):
-        """Draw actions, for the rollout.
+    def get_action(self, obs, deterministic=False):
+        """Draw actions, for the rollout, or take the likeliest ones.
 
         obs: (batch, obs_dim). Returns the actions and log pi(a|s): (batch,) each.
         """
         policy = self.get_policy(obs)
-        action = policy.sample()
+        action = policy.mode if deterministic else policy.sample()
         return action, policy.log_prob(action)
 
     def evaluate_actions(self, obs, action):
@@ -384,6 +396,8 @@ def train(args, make_envs=make_envs, Agent=Agent):
             # dones[t] is 1, and step t only resets, so there is nothing to learn from
             # it.)
             b_inds = np.arange(T * N)
+            if agent.has_memory:
+                b_inds = b_inds.reshape(T, N)  # keeps the steps of an environment
             if not resets_in_same_step(envs):
                 b_inds = b_inds[dones[:T].flatten().cpu().numpy() == 0]
 
@@ -513,17 +527,19 @@ def update(
     """Let the agent learn from one batch.
 
     b_inds: indices of the samples to learn from, a numpy array that is shuffled in
-    place. The others: (batch_size, ...), as they were after the rollout. Returns
-    numbers to log, {name: number}; they are of the last minibatch, unless noted.
+    place. If its shape is (num_steps, num_envs), whole columns are shuffled and dealt
+    into the minibatches. The others: (batch_size, ...), as they were after the rollout.
+    Returns numbers to log, {name: number}; they are of the last minibatch, unless
+    noted.
     """
     clipfracs = []
     for _ in range(args.update_epochs):
         # Detail 6: minibatches. In each epoch the batch is dealt into new random
         # minibatches (mb_), and each makes one gradient step. Many noisy steps get
         # further than one that is less noisy. ([PPO] algorithm 1)
-        np.random.shuffle(b_inds)
+        np.random.shuffle(b_inds.T)  # .T matters only for an agent with a memory
         minibatches = torch.as_tensor(b_inds, device=b_obs.device)
-        for mb_inds in minibatches.tensor_split(args.num_minibatches):
+        for mb_inds in minibatches.tensor_split(args.num_minibatches, dim=-1):
             newlogprob, entropy, newvalue = agent.evaluate_actions(
                 b_obs[mb_inds], b_actions[mb_inds]
             )
@@ -605,8 +621,8 @@ def update(
             mean_entropy = entropy.mean()
             loss = pg_loss - args.ent_coef * mean_entropy + args.vf_coef * v_loss
 
-            # Debug variables. They carry no gradient; what is to have one belongs
-            # above.
+            # Detail 12: debug variables. They carry no gradient; what is to have one
+            # belongs above. ([baselines])
             with torch.no_grad():
                 # KL(pi_old || pi_new) tells how far the policy has moved, before the
                 # step on this minibatch. It is the mean of -log ratio under the old
@@ -699,6 +715,12 @@ def note(text):
     """Print a remark, in the first process only."""
     if number_from_torchrun("RANK", 0) == 0:
         print(f"note: {text}")
+
+
+@functools.cache
+def note_once(text):
+    """Print a remark, unless this process has printed it before."""
+    note(text)
 
 
 # Settings
@@ -1055,15 +1077,28 @@ class ErrorsAsText(gym.Wrapper):
             raise RuntimeError(f"in a worker process:\n{text}") from None
 
 
+def make_raw_env(args, render_mode=None):
+    """Make one environment with the observations that it has."""
+    options = {"render_mode": render_mode} if render_mode else {}
+    env = gym.make(args.env_id, disable_env_checker=True, **options)
+    space = env.observation_space
+    if not has_integers(space):
+        return env
+    return gym.wrappers.TransformObservation(
+        env, lambda obs: check_type(obs, space, env), space
+    )
+
+
 def flatten_observations(env):
     """Discrete becomes one-hot; Dict, Tuple and images become one long vector."""
     space = env.observation_space
-    if has_integers(space):
-        env = gym.wrappers.TransformObservation(
-            env, lambda obs: check_type(obs, space, env), space
-        )
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
         return env
+    if has_image(space):
+        note_once(
+            f"{env.spec.id} shows pictures, which are flattened here; "
+            "python ppo_pixels.py looks at them as pictures"
+        )
     try:
         return gym.wrappers.FlattenObservation(env)
     except NotImplementedError as error:
@@ -1071,6 +1106,13 @@ def flatten_observations(env):
             f"{env.spec.id}: its observations are {space}, and a part of that, such as "
             "a text, has no fixed size that Gymnasium knows"
         ) from error
+
+
+def has_image(space):
+    """Whether the space is a picture, or a Dict with a picture in it."""
+    if isinstance(space, gym.spaces.Dict):
+        return any(has_image(part) for part in space.values())
+    return isinstance(space, gym.spaces.Box) and len(space.shape) == 3
 
 
 def has_integers(space):
@@ -1102,14 +1144,19 @@ def check_type(obs, space, env):
     return obs
 
 
-def check_spaces(args, envs):
-    """Raise RunEnded unless actions are numbered from 0 and observations are flat."""
+def check_actions(args, envs):
+    """Raise RunEnded unless the actions are numbered from 0."""
     actions = envs.single_action_space
     if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
         raise RunEnded(
             f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0 "
-            "(for a Box: python ppo_continuous_action.py)"
+            "(for a Box: python ppo_continuous_action.py; for others: python "
+            "ppo_multi_discrete.py)"
         )
+
+
+def check_flat(args, envs):
+    """Raise RunEnded unless the observations are flat."""
     observations = envs.single_observation_space
     if not isinstance(observations, gym.spaces.Box) or len(observations.shape) != 1:
         raise RunEnded(
@@ -1856,13 +1903,13 @@ def restore_or_reset(args, envs, agent, optimizer, checkpoint, restored_step):
 # The program
 
 
-def main(argv=None, make_envs=make_envs, Agent=Agent, **defaults):
+def main(argv=None, make_envs=make_envs, Agent=Agent, add_flags=None, **defaults):
     """Train as the flags say, and return the agent.
 
-    A variant passes its own environments, agent and defaults of the flags.
+    A variant passes its own environments and agent, and its flags and their defaults.
     """
     try:
-        args = parse_args(argv, **defaults)
+        args = parse_args(argv, add_flags, **defaults)
     except RunEnded as ended:
         exit_with(ended)
     try:

@@ -166,30 +166,43 @@ class Agent(ppo.Agent):
 
     def __init__(self, envs):
         nn.Module.__init__(self)  # not ppo.Agent's networks
+        shape = envs.single_observation_space.shape
         num_actions = envs.single_action_space.n
 
         # Detail A8: a shared network. Actor and critic need to see much the same, and
         # seeing is costly. ([A3C]) Now vf_coef matters: it weighs one against the other
-        # (detail 10 of ppo.py). The layers are those of [DQN].
+        # (detail 10 of ppo.py).
+        convolutions = self.make_convolutions(shape)
+        num_features = convolutions(torch.zeros(1, *shape)).numel()
         self.network = nn.Sequential(
-            layer_init(nn.Conv2d(4, 32, kernel_size=8, stride=4)),
-            nn.ReLU(),
-            layer_init(nn.Conv2d(32, 64, kernel_size=4, stride=2)),
-            nn.ReLU(),
-            layer_init(nn.Conv2d(64, 64, kernel_size=3, stride=1)),
-            nn.ReLU(),
-            nn.Flatten(),
-            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            *convolutions,
+            layer_init(nn.Linear(num_features, 512)),
             nn.ReLU(),
         )
         self.network.to(memory_format=torch.channels_last)  # faster on a CPU
         self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
-    def see(self, obs):
+    def make_convolutions(self, shape):
+        """The layers that look at pictures of this shape: (channels, height, width)."""
+        channels = shape[0]
+        return nn.Sequential(  # the layers of [DQN]
+            layer_init(nn.Conv2d(channels, 32, kernel_size=8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, kernel_size=4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, kernel_size=3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+
+    def scale(self, obs):
         # Detail A9: pixels from 0 to 1. They come as bytes from 0 to 255, but networks
         # learn best from numbers around 1. ([baselines])
-        return self.network(obs / 255)
+        return obs / 255
+
+    def see(self, obs):
+        return self.network(self.scale(obs))
 
     def get_value(self, obs):
         return self.critic(self.see(obs)).squeeze(-1)
