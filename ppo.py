@@ -72,7 +72,9 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -80,6 +82,7 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -93,6 +96,8 @@ import torch.nn as nn
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+PROGRAM = Path(globals().get("__file__", "ppo.py"))  # a notebook has no __file__
 
 # Part one: the algorithm
 
@@ -108,7 +113,13 @@ def parse_args(argv=None, add_flags=None, **defaults):
     parser = ArgumentParser()
 
     add = parser.add_argument_group("the rollout").add_argument
-    add("--env-id", "--gym-id", default="CartPole-v1", help="Gymnasium id or module:Id")
+    add(
+        "--env-id",
+        "--gym-id",
+        default="CartPole-v1",
+        help="Gymnasium id, module:Id, or module:name of a class or function",
+    )
+    add("--env-kwargs", type=json_object, default={}, help="its arguments, as JSON")
     add(
         "--total-timesteps",
         type=positive_int,
@@ -141,7 +152,7 @@ def parse_args(argv=None, add_flags=None, **defaults):
     add("--target-kl", type=optional(amount), default=None, help="KL to stop early at")
 
     add = parser.add_argument_group("the run").add_argument
-    add("--exp-name", default=Path(__file__).stem, help="name of the experiment")
+    add("--exp-name", default=PROGRAM.stem, help="name of the experiment")
     add("--seed", type=whole_number, default=1, help="seed of all random numbers")
     add("--torch-deterministic", action=Switch, default=True, help="where torch can")
     add("--cuda", action=Switch, default=True, help="use a GPU if there is one")
@@ -802,6 +813,18 @@ def amount(text):
     return number_between(text, 0, 1e30)  # float32 overflows at 3e38
 
 
+def json_object(text):
+    """Names and values, such as {"is_slippery": false}."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        message = f'expected JSON such as {{"is_slippery": false}}, got {text}'
+        raise argparse.ArgumentTypeError(message)
+    return value
+
+
 def optional(type_of_flag):
     """The same type, but the word None means that there is no value."""
 
@@ -833,10 +856,23 @@ def finish_parsing(parser, argv):
     return args
 
 
+# Flags that are no part of the learning, so a resumed run may change them.
+MAY_CHANGE = [
+    "track",
+    "wandb_project_name",
+    "wandb_entity",
+    "capture_video",
+    "checkpoint_interval",
+    "cuda",
+    "num_threads",
+]
+
+
 def parse_args_of_resumed_run(parser, argv, folder, saved):
     """Read the flags again, with those of the run in this folder as defaults.
 
-    Raises RunEnded if one has changed, unless total_timesteps has grown.
+    Raises RunEnded if one has changed, unless it is one of MAY_CHANGE, or
+    total_timesteps has grown.
     """
     was = vars(parser.parse_args([]))
     for name in was:
@@ -849,8 +885,12 @@ def parse_args_of_resumed_run(parser, argv, folder, saved):
     args.resume = was["resume"] = folder
 
     changed = {name: was[name] for name in was if getattr(args, name) != was[name]}
+    if "cuda" in changed or "num_threads" in changed:
+        note("on another device, or with other threads, numbers may round differently")
+    for name in MAY_CHANGE:
+        changed.pop(name, None)
     if args.total_timesteps > was["total_timesteps"]:
-        del changed["total_timesteps"]
+        changed.pop("total_timesteps")
         if args.anneal_lr:
             note(
                 f"annealed over {args.total_timesteps} steps now, the learning rate "
@@ -858,8 +898,8 @@ def parse_args_of_resumed_run(parser, argv, folder, saved):
             )
     if changed:
         raise RunEnded(
-            "--resume keeps the flags of its run, of which only total_timesteps may "
-            f"grow. They were: {changed}"
+            f"--resume keeps the flags of its run. total_timesteps may grow, and "
+            f"{', '.join(MAY_CHANGE)} may change, but these were different: {changed}"
         )
     return args
 
@@ -930,6 +970,8 @@ def set_up(args):
     check_gymnasium()
     seed_generators(args.seed + args.rank)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic CUDA
+    # Without it, the library that draws prints an error that looks like ours.
+    os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
@@ -990,7 +1032,7 @@ def vectorize(make_env, args, seed, autoreset_mode, video=None, render_mode=None
     thunks = []
     for index in range(args.local_num_envs):
         recorded = video if index == 0 else None
-        thunk = make_thunk(make_env, args, seed + index, recorded, render_mode)
+        thunk = make_thunk(make_env, args, seed, index, recorded, render_mode)
         thunks.append(thunk)
 
     mode = args.vectorization_mode
@@ -1000,12 +1042,19 @@ def vectorize(make_env, args, seed, autoreset_mode, video=None, render_mode=None
             return classes[mode](thunks, copy=False, autoreset_mode=autoreset_mode)
         if video:
             raise RunEnded("--capture-video needs --vectorization-mode sync or async")
-        envs = gym.make_vec(args.env_id, args.local_num_envs, vectorization_mode=mode)
+        envs = gym.make_vec(
+            find_env(args.env_id),
+            args.local_num_envs,
+            vectorization_mode=mode,
+            **args.env_kwargs,
+        )
     except ModuleNotFoundError as error:
         raise RunEnded(
             f"--env-id {args.env_id}: {error} (Python looks beside the program, in the "
             "folders of PYTHONPATH, and among the installed packages.)"
         ) from error
+    except gym.error.UnregisteredEnv as error:
+        raise RunEnded(f"--env-id {args.env_id}: {unknown_id(args, error)}") from error
     except gym.error.Error as error:
         raise RunEnded(f"--env-id {args.env_id}: {error}") from error
 
@@ -1016,7 +1065,41 @@ def vectorize(make_env, args, seed, autoreset_mode, video=None, render_mode=None
             f"--env-id {args.env_id}: its metadata has autoreset_mode {batch_mode}, "
             "not NEXT_STEP or SAME_STEP, in which episodes follow each other"
         )
-    return envs
+    return PlainArrays(envs)
+
+
+class PlainArrays(gym.vector.VectorWrapper):
+    """Turns what a batch returns into arrays that PyTorch can read.
+
+    Some batches return lists or tensors, or arrays that are turned around.
+    """
+
+    def reset(self, *, seed=None, options=None):
+        obs, infos = self.env.reset(seed=seed, options=options)
+        return np.ascontiguousarray(obs), infos
+
+    def step(self, actions):
+        *arrays, infos = self.env.step(actions)
+        arrays = [np.ascontiguousarray(array) for array in arrays]
+        return *arrays, infos
+
+
+def unknown_id(args, error):
+    """Say what is wrong with an id that Gymnasium does not know."""
+    module_name, colon, name = args.env_id.partition(":")
+    if not colon:
+        return (
+            f"{error} (If a package brings it, name the module that registers it: "
+            f"module:{args.env_id})"
+        )
+    package = module_name.split(".")[0]
+    known = [i for i, spec in gym.registry.items() if package in str(spec.entry_point)]
+    registered = ", ".join(sorted(known)) or "no ids"
+    return (
+        f"{module_name} was imported. It has registered {registered}, and it has no "
+        f"class or function {name}. Name one of these ids, or the module that "
+        "registers another one, or a class or a function that makes the environment."
+    )
 
 
 def resets_in_same_step(envs):
@@ -1031,7 +1114,7 @@ def resets_in_same_step(envs):
     return envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
 
 
-def make_thunk(make_env, args, seed, video, render_mode):
+def make_thunk(make_env, args, seed, index, video, render_mode):
     """Return a function that makes one environment, maybe in a worker process."""
     main_process = os.getpid()
 
@@ -1040,19 +1123,73 @@ def make_thunk(make_env, args, seed, video, render_mode):
         if in_worker:
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)  # the main process will stop us
-            seed_generators(seed)  # or all workers would draw the same numbers
+            seed_generators(seed + index)  # or all would draw the same numbers
 
-        env = make_env(args, "rgb_array" if video else render_mode)
+        try:
+            env = make_env(args, "rgb_array" if video else render_mode)
+        except Exception as error:
+            error.hint = hint_for_constructor(args, index, error)
+            raise
+        env = FirstStep(env)
         if args.bootstrap_truncation:
             # Some environments overwrite the last observation when they are reset.
             env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
         if video:
+            check_render_mode(env)
             env = gym.wrappers.RecordVideo(env, **video)
         if in_worker:
             env = ErrorsAsText(env)
         return env
 
     return thunk
+
+
+def hint_for_constructor(args, index, error):
+    """What may help if an environment cannot be made; main() prints it."""
+    if index > 0:
+        return (
+            "The first environment could be made. If only one is allowed in a process, "
+            "--vectorization-mode async gives each a process of its own."
+        )
+    if isinstance(error, TypeError):
+        return (
+            f"{args.env_id} got the arguments {args.env_kwargs}. If it needs others: "
+            "--env-kwargs"
+        )
+    return ""
+
+
+def check_render_mode(env):
+    """Raise RunEnded if the environment cannot give the pictures of a video."""
+    if env.render_mode != "rgb_array":
+        modes = env.metadata.get("render_modes", [])
+        raise RunEnded(
+            f"--capture-video needs the render mode rgb_array, and {env.spec.id} has "
+            f"{modes or 'none'}"
+        )
+
+
+class FirstStep(gym.Wrapper):
+    """Looks at the first step of an environment, and then gets out of the way."""
+
+    def step(self, action):
+        try:
+            result = self.env.step(action)
+        except Exception as error:
+            error.hint = (
+                f"It broke in its first step, with an action of {type(action)}. If it "
+                "wants Python's int: gym.wrappers.TransformAction(env, int, "
+                "env.action_space)"
+            )
+            raise
+        reward = result[1]
+        if np.size(reward) != 1:
+            raise RunEnded(
+                f"{self.spec.id}: its reward is {reward}. PPO needs one number, such "
+                "as a weighted sum, which a wrapper can make."
+            )
+        self.step = self.env.step  # from now on, this wrapper costs no time
+        return result
 
 
 class ErrorsAsText(gym.Wrapper):
@@ -1071,16 +1208,32 @@ class ErrorsAsText(gym.Wrapper):
     def call(self, function, *args, **options):
         try:
             return function(*args, **options)
+        except RunEnded:
+            raise  # its message is all there is to say
         except Exception:
             # Gymnasium takes a % in it for the place of a number, so it is doubled.
             text = traceback.format_exc().replace("%", "%%")
             raise RuntimeError(f"in a worker process:\n{text}") from None
 
 
+def find_env(env_id):
+    """What gym.make() needs for this id, for a class or for a function."""
+    module_name, colon, name = env_id.partition(":")
+    if not colon:
+        return env_id
+    module = importlib.import_module(module_name)  # this may register ids
+    factory = getattr(module, name, None)
+    if name in gym.registry or factory is None:
+        return name
+    return gym.envs.registration.EnvSpec(name, entry_point=factory)
+
+
 def make_raw_env(args, render_mode=None):
     """Make one environment with the observations that it has."""
-    options = {"render_mode": render_mode} if render_mode else {}
-    env = gym.make(args.env_id, disable_env_checker=True, **options)
+    options = dict(args.env_kwargs)
+    if render_mode:
+        options["render_mode"] = render_mode
+    env = gym.make(find_env(args.env_id), disable_env_checker=True, **options)
     space = env.observation_space
     if not has_integers(space):
         return env
@@ -1147,12 +1300,15 @@ def check_type(obs, space, env):
 def check_actions(args, envs):
     """Raise RunEnded unless the actions are numbered from 0."""
     actions = envs.single_action_space
-    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
-        raise RunEnded(
-            f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0 "
-            "(for a Box: python ppo_continuous_action.py; for others: python "
-            "ppo_multi_discrete.py)"
-        )
+    if isinstance(actions, gym.spaces.Discrete) and actions.start == 0:
+        return
+    program = "ppo_multi_discrete.py"
+    if isinstance(actions, gym.spaces.Box):
+        program = "ppo_continuous_action.py"
+    raise RunEnded(
+        f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0 (for "
+        f"these there is {program})"
+    )
 
 
 def check_flat(args, envs):
@@ -1182,6 +1338,7 @@ def open_envs(args, make_envs, video_folder, checkpoint):
     try:
         if envs is None:
             envs = make_envs(args, args.env_seed, video)
+        reset_torch()
         yield envs, restored_step
     except BaseException:
         # Workers may hang, and they ignore the signal with which Gymnasium ends them.
@@ -1196,11 +1353,19 @@ def open_envs(args, make_envs, video_folder, checkpoint):
     envs.close()
 
 
+def reset_torch():
+    """Undo what an environment may have changed for the whole process."""
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+
+
 def restore_envs(args, checkpoint):
     """Return the environments as they stood, and their last step, or None and None."""
     reason = "they could not be saved"
     pickled = checkpoint["environments"][args.rank]
-    if pickled and checkpoint["python"] != list(sys.version_info[:2]):
+    if args.capture_video:
+        reason = "those of the checkpoint cannot be recorded"
+    elif pickled and checkpoint["python"] != list(sys.version_info[:2]):
         reason = "another version of Python saved them"  # that may crash silently
     elif pickled:
         try:
@@ -1583,6 +1748,8 @@ class Logger:
         has_workers = self.args.vectorization_mode == "async"
         if has_workers and isinstance(error, (EOFError, ConnectionError)):
             line += " A worker process is gone, maybe because memory ran out."
+        if self.args.capture_video and "mujoco" in sys.modules:
+            line += " Without a screen, MuJoCo draws only with MUJOCO_GL=egl."
         if (self.run_folder / CHECKPOINT_FILE).exists():
             folder = shown(self.run_folder)
             line += f" To go on from its last checkpoint: --resume {folder}"
@@ -1762,12 +1929,13 @@ def sync_to_disk(file):
 def files_of_program(Agent):
     """The files that define the agent and the rest; they may be the same."""
     module = sys.modules[Agent.__module__]
-    return [Path(getattr(module, "__file__", __file__)), Path(__file__)]
+    return [Path(getattr(module, "__file__", PROGRAM)), PROGRAM]
 
 
 def hash_of_program(Agent):
     """A hash that changes when a file of the program changes."""
-    texts = [path.read_bytes() for path in files_of_program(Agent)]
+    files = [path for path in files_of_program(Agent) if path.exists()]
+    texts = [path.read_bytes() for path in files]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
@@ -1892,6 +2060,7 @@ def restore_or_reset(args, envs, agent, optimizer, checkpoint, restored_step):
     else:
         # This has to come after the agent was restored, whose statistics may see it.
         next_obs, _ = envs.reset(seed=args.env_seed)
+        reset_torch()
         next_done = np.zeros(args.local_num_envs, dtype=bool)
 
     # This comes last, as all of the above may have drawn random numbers.
@@ -1920,14 +2089,10 @@ def main(argv=None, make_envs=make_envs, Agent=Agent, add_flags=None, **defaults
         # An error of the environment, or a bug of ours. An environment that calls
         # sys.exit() has broken the run, too, and the exit code has to tell.
         traceback.print_exc()
-        print(
-            getattr(
-                error,
-                "how_to_go_on",
-                "The run broke before its first or after its last step.",
-            ),
-            file=sys.stderr,
-        )
+        before_or_after = "The run broke before its first or after its last step."
+        line = getattr(error, "how_to_go_on", before_or_after)
+        hint = getattr(error, "hint", "")
+        print(f"{line} {hint}".strip(), file=sys.stderr)
         sys.exit(1)
 
 

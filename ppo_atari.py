@@ -101,6 +101,7 @@ def make_games(args):
         "reward_clipping": False,  # see A6
         "repeat_action_probability": 0.0,  # [DQN] did without repeated, "sticky" ones
         "num_threads": args.num_threads,
+        **args.env_kwargs,
     }
     try:
         return gym.make_vec(

@@ -104,7 +104,8 @@ def check_actions(args, space):
     if not is_vector or not np.issubdtype(space.dtype, np.floating):
         raise ppo.RunEnded(
             f"--env-id {args.env_id}: its actions are {space}, not a Box of real "
-            "numbers in one row (for Discrete: python ppo.py)"
+            "numbers in one row (for Discrete: python ppo.py; a Box of integers or of "
+            "more dimensions needs a wrapper: gym.wrappers.TransformAction)"
         )
 
 
