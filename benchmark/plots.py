@@ -393,7 +393,7 @@ def draw_scaling(results):
     sizes = list(scaling.STEPS["sync"])
     panel.set_xticks(sizes, map(str, sizes))
     panel.minorticks_off()
-    panel.set_yticks([5_000, 10_000, 20_000, 50_000, 100_000, 200_000])
+    panel.set_yticks([2_000, 5_000, 10_000, 20_000, 50_000])
     panel.yaxis.set_major_formatter("{x:,.0f}")
     panel.grid(alpha=0.25)
     figure.legend(loc="outside right center")

@@ -1,6 +1,6 @@
 """What do more environments, threads and processes bring?
 
-    python -m benchmark.scaling        # some ten minutes
+    python -m benchmark.scaling        # ten to twenty minutes
     python -m benchmark.plots          # then draws what was saved
 
 A second call goes on where one stopped. It measures steps per second, peak memory, and

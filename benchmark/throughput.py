@@ -1,6 +1,6 @@
 """How fast is ppo.py, beside Stable-Baselines3 and a plain implementation?
 
-    python -m benchmark.throughput        # about ten minutes
+    python -m benchmark.throughput        # ten to twenty minutes
     python -m benchmark.plots             # then draws what was saved
 
 A second call goes on where one stopped. All programs do the same training, on one torch
