@@ -125,11 +125,10 @@ class PartsAndMask(gym.Wrapper):
             message = f"{env.spec.id}: its observations are {observations}, not flat"
             raise ppo.RunEnded(message)
         num_choices = sum(self.sizes)
-        self.observation_space = gym.spaces.Box(
-            np.concatenate([np.zeros(num_choices), observations.low]),
-            np.concatenate([np.ones(num_choices), observations.high]),
-            dtype=observations.dtype,
-        )
+        dtype = observations.dtype
+        low = np.concatenate([np.zeros(num_choices, dtype), observations.low])
+        high = np.concatenate([np.ones(num_choices, dtype), observations.high])
+        self.observation_space = gym.spaces.Box(low, high, dtype=dtype)
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)

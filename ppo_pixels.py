@@ -88,10 +88,10 @@ def make_env(args, render_mode=None):
     env = channels_first(env)
     env = make_smaller(env)
     if args.frame_stack > 1:
+        channels, height, width = env.observation_space.shape
         env = gym.wrappers.FrameStackObservation(env, args.frame_stack)
-        env = gym.wrappers.ReshapeObservation(
-            env, (-1, *env.observation_space.shape[2:])
-        )
+        shape = (args.frame_stack * channels, height, width)
+        env = gym.wrappers.ReshapeObservation(env, shape)
     return env
 
 
