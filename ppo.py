@@ -33,13 +33,13 @@ algorithm (1, 5, 6, 8, 10), and the others are choices of its original code. Two
 help to see what it does, and to keep it simple. Each is explained where it happens,
 with its source. Search for "Detail 5:", for example.
 
-    1. vectorized environments           8. clipped policy objective
-    2. orthogonal initialization         9. clipped value loss
-    3. Adam's epsilon                   10. overall loss with an entropy bonus
-    4. learning rate annealing          11. global gradient clipping
-    5. generalized advantage estimation 12. debug variables
-    6. minibatches                      13. separate networks
-    7. advantage normalization          Bonus: early stopping
+    1. vectorized environments            8. clipped policy objective
+    2. orthogonal initialization          9. clipped value loss
+    3. Adam's epsilon                    10. overall loss with an entropy bonus
+    4. learning rate annealing           11. global gradient clipping
+    5. generalized advantage estimation  12. debug variables
+    6. minibatches                       13. separate networks
+    7. advantage normalization           Bonus: early stopping
 
 Sources, by the names that the comments use:
 

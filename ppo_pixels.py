@@ -7,9 +7,9 @@
 The observations are pictures: bytes or real numbers, with the channels last or first,
 or the one picture in a Dict, whose other parts are left out. The actions are numbered.
 All flags are those of ppo.py, and one more, --frame-stack, which shows the last
-pictures together, so that the agent sees what moves. The network is that of
-ppo_atari.py where the pictures are large enough for it, and so are its details A8 and
-A9. By default this program plays Catch, a small game that comes with it.
+pictures together, so that the agent sees what moves. Where the pictures are large
+enough for it, the network is that of ppo_atari.py, whose details A8 and A9 hold here,
+too. By default this program plays Catch, a small game that comes with it.
 """
 
 # /// script
