@@ -2,8 +2,8 @@
 
     python -m benchmark.plots
 
-This makes the .svg files of results/: study, reuse, learning, variants, ablations,
-throughput and scaling. The same rows make the same files, byte by byte.
+This makes the .svg files of results/: study, reuse, solved, learning, variants,
+ablations, throughput and scaling. The same rows make the same files, byte by byte.
 """
 
 import argparse
@@ -200,6 +200,23 @@ def draw_learning(results):
     panels[0].set_ylabel(f"return of an episode\n({seeds} seeds: mean, 95 % interval)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_solved(results):
+    """The return in three environments, with settings that solve them."""
+    chosen = {
+        "CartPole-v1": ("learning", "bootstrap_truncation", "--bootstrap-truncation"),
+        "Acrobot-v1": ("learning", "default", "default settings"),
+        "LunarLander-v3": ("example", "lunar_lander", "settings of its own"),
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(8.6, 2.8), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    for panel, (env_id, choice) in zip(panels, chosen.items(), strict=True):
+        name, variant, label = choice
+        seeds = draw_curve(panel, results, name, env_id, variant, BLUE, label)
+        panel.set_title(f"{env_id}\n{label}")
+    panels[0].set_ylabel(f"return of an episode\n({seeds} seeds, 95 % interval)")
     return figure
 
 
@@ -409,6 +426,7 @@ def median_and_errors(values):
 PICTURES = {
     "study": draw_study,
     "reuse": draw_reuse,
+    "solved": draw_solved,
     "learning": draw_learning,
     "variants": draw_variants,
     "ablations": draw_ablations,
