@@ -95,7 +95,7 @@ def test_games_begin_after_fire_and_up_to_29_frames_in_which_nothing_is_done():
     assert lengths[0] == lengths[1] != lengths[2]
 
     lengths = set()
-    for _ in range(200):
+    for _ in range(100):
         _, infos = envs.unwrapped.reset()
         lengths.add(int(infos["episode_frame_number"][0]))
     assert 1 <= min(lengths) < 5
@@ -329,13 +329,13 @@ def test_buffers_hold_bytes(train):
 
 
 SLOW = (
-    "--total-timesteps 4096 --update-epochs 2 --ent-coef 0.1 --env-id ALE/Pong-v5 "
+    "--total-timesteps 3584 --update-epochs 2 --ent-coef 0.1 --env-id ALE/Pong-v5 "
     "--max-grad-norm 0.1 --seed 5"
 )
 
 
 @pytest.mark.parametrize(
-    "flags", ["--total-timesteps 1024", pytest.param(SLOW, marks=pytest.mark.slow)]
+    "flags", ["--total-timesteps 768", pytest.param(SLOW, marks=pytest.mark.slow)]
 )
 def test_it_equals_a_plain_loop_to_the_last_bit(train, capsys, flags):
     flags = f"--num-envs 4 --num-steps 64 --update-epochs 1 {flags}"
