@@ -329,7 +329,7 @@ def test_buffers_hold_bytes(train):
 
 
 SLOW = (
-    "--total-timesteps 3584 --update-epochs 2 --ent-coef 0.1 --env-id ALE/Pong-v5 "
+    "--total-timesteps 4096 --update-epochs 2 --ent-coef 0.1 --env-id ALE/Pong-v5 "
     "--max-grad-norm 0.1 --seed 5"
 )
 
