@@ -95,7 +95,7 @@ def test_games_begin_after_fire_and_up_to_29_frames_in_which_nothing_is_done():
     assert lengths[0] == lengths[1] != lengths[2]
 
     lengths = set()
-    for _ in range(200):
+    for _ in range(100):
         _, infos = envs.unwrapped.reset()
         lengths.add(int(infos["episode_frame_number"][0]))
     assert 1 <= min(lengths) < 5
@@ -335,7 +335,7 @@ SLOW = (
 
 
 @pytest.mark.parametrize(
-    "flags", ["--total-timesteps 1024", pytest.param(SLOW, marks=pytest.mark.slow)]
+    "flags", ["--total-timesteps 768", pytest.param(SLOW, marks=pytest.mark.slow)]
 )
 def test_it_equals_a_plain_loop_to_the_last_bit(train, capsys, flags):
     flags = f"--num-envs 4 --num-steps 64 --update-epochs 1 {flags}"

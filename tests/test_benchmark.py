@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -226,6 +227,34 @@ def test_a_run_that_diverges_is_a_result():
     assert measured["epochs"] == 4
 
 
+@pytest.fixture
+def runs_here(run, capsys, monkeypatch):
+    """Lets a benchmark make its runs in this process, which has imported all.
+
+    Other tests start processes. Returns a list that gets the command of each run.
+    """
+    commands = []
+
+    def run_here(command):
+        commands.append(command)
+        if command[0] == "-m":
+            assert command[1] == "benchmark.details"
+            details.main(command[2:])
+            output = capsys.readouterr().out
+        else:
+            assert command[0] == ROOT / "ppo.py"
+            output = run(" ".join(command[1:])).out
+        (folder,) = Path("runs").iterdir()
+        found = {}
+        for tag, curve in scalars(folder).items():
+            found[tag] = np.array([value for _, value in curve])
+        shutil.rmtree(folder)
+        return runs.Run(output, "", found, wall_seconds=1.0, peak_mib=1.0)
+
+    monkeypatch.setattr(runs, "run", run_here)
+    return commands
+
+
 def test_what_is_saved_does_not_run_again():
     commands = {name: ["-c", f"print('{name}')"] for name in "abc"}
     saved = {}
@@ -336,7 +365,7 @@ def test_every_run_of_learning_is_started_as_its_study_says():
 
 
 def test_learning_goes_on_where_it_stopped_and_tells_what_failed(
-    tmp_path, monkeypatch, run
+    tmp_path, monkeypatch, run, runs_here
 ):
     """In so few steps no episode of Acrobot ends."""
     tiny = learning.Study(
@@ -353,7 +382,8 @@ def test_learning_goes_on_where_it_stopped_and_tells_what_failed(
     facts = {"machines": {}, "failed": failed}
     runs.write_json(tmp_path / "learning_facts.json", facts)
 
-    keys = learning.run_all(tmp_path, ["tiny"], seeds=2, workers=2)
+    keys = learning.run_all(tmp_path, ["tiny"], seeds=2, workers=1)
+    assert runs_here == [learning.command(*key) for key in keys]
     assert keys == [
         ("tiny", "CartPole-v1", "default", 1),
         ("tiny", "Acrobot-v1", "default", 1),
@@ -540,13 +570,16 @@ def test_a_run_has_failed_if_it_ends_like_an_untrained_agent():
     assert study.failed(row(last_100=500, error="error: diverged"), untrained=20)
 
 
-def test_the_study_goes_on_where_it_stopped_and_makes_tables(tmp_path, monkeypatch):
+def test_the_study_goes_on_where_it_stopped_and_makes_tables(
+    tmp_path, monkeypatch, runs_here
+):
     setting = study.Setting(1024, study.BATCHED, [30], ["default", "target_kl"])
     env_id = "CartPole-v1"
     monkeypatch.setattr(study, "SETTINGS", {(env_id, "rates"): setting})
     study.save_row(tmp_path, env_id, "rates", ("default", 30, 1), row(25.0))
     keys = study.run_all(tmp_path, [env_id], seeds=1, workers=1)
     assert keys == [(env_id, "rates", "target_kl", 30, 1)]
+    assert runs_here == [study.command(*key) for key in keys]
     rows = study.read_rows(tmp_path, env_id, "rates")
     assert rows["default", 30, 1] == row(25.0)
     assert 9 < rows["target_kl", 30, 1]["mean_return"] < 500

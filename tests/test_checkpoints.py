@@ -322,7 +322,7 @@ def test_killed_while_it_saves_the_checkpoint_of_before_is_whole(
 @pytest.mark.parametrize("env_id, seed", [("CartPole-v1", 1), ("Acrobot-v1", 2)])
 def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(env_id, seed, run):
     rng = random.Random(seed)
-    flags = f"--env-id {env_id} --total-timesteps 20480 --checkpoint-interval 1e-9"
+    flags = f"--env-id {env_id} --total-timesteps 12288 --checkpoint-interval 1e-9"
     whole = run(flags)
     episodes = []
     step = 0

@@ -34,12 +34,14 @@ import ppo
 # Worker processes
 
 
-@pytest.mark.parametrize("flags", ["", "--bootstrap-truncation"])
 @pytest.mark.parametrize(
-    "env", ["CartPole-v1 --total-timesteps 2048", "Acrobot-v1 --total-timesteps 4096"]
+    "flags",
+    [
+        "--env-id CartPole-v1 --total-timesteps 2048",
+        "--env-id Acrobot-v1 --total-timesteps 4096 --bootstrap-truncation",
+    ],
 )
-def test_async_trains_as_sync_does_to_the_last_bit(env, flags, run):
-    flags = f"--env-id {env} {flags}"
+def test_async_trains_as_sync_does_to_the_last_bit(flags, run):
     sync = run(f"{flags} --vectorization-mode sync")
     other = run(f"{flags} --vectorization-mode async")
     assert len(sync.episodes) >= 8

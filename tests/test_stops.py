@@ -230,7 +230,7 @@ def test_ctrl_c_that_also_ends_the_video_encoder_breaks_the_run(workdir):
 @pytest.mark.slow
 def test_stopped_at_random_moments_a_run_ends_as_if_undisturbed(run):
     rng = random.Random(1)
-    flags = "--total-timesteps 20480"
+    flags = "--total-timesteps 12288"
     whole = run(flags)
     episodes = []
     for number in EXIT_CODES:
