@@ -112,7 +112,7 @@ def test_a_minibatch_holds_whole_environments(train):
             shapes.add(tuple(obs.shape))
             return super().evaluate_actions(obs, action)
 
-    train(f"{SHORT} --num-minibatches 4", Agent=Watching)
+    train("--total-timesteps 256 --num-minibatches 4", Agent=Watching)
     assert shapes == {(32, 2, 2 + STATE_SIZE + 1)}
 
 
@@ -129,13 +129,14 @@ def test_the_gradient_flows_back_to_the_first_step(agent):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--total-timesteps 4096",
-        "--seed 2 --num-minibatches 4 --num-envs 4 --num-steps 64 --update-epochs 4 "
-        "--total-timesteps 4096",
-        "--seed 3 --bootstrap-truncation --env-id environments:TimeLimit5-v0 "
         "--update-epochs 4 --total-timesteps 2048",
-        "--seed 4 --no-norm-adv --ent-coef 0.01 --target-kl 0.01 --env-id CartPole-v1 "
+        "--seed 2 --num-minibatches 4 --num-envs 4 --num-steps 64 --update-epochs 2 "
         "--total-timesteps 2048",
+        pytest.param("--seed 5 --total-timesteps 8192", marks=pytest.mark.slow),
+        "--seed 3 --bootstrap-truncation --env-id environments:TimeLimit5-v0 "
+        "--update-epochs 2 --total-timesteps 1024",
+        "--seed 4 --no-norm-adv --ent-coef 0.01 --target-kl 0.01 --env-id CartPole-v1 "
+        "--update-epochs 4 --total-timesteps 1024",
     ],
 )
 def test_every_episode_and_parameter_equals_that_of_the_plain_program(

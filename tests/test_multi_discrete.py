@@ -225,10 +225,10 @@ def test_spaces_that_do_not_suit_are_one_line(fails):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--total-timesteps 4096",
-        "--seed 2 --env-id Taxi-v4 --num-envs 2 --num-steps 64 --total-timesteps 2048",
+        "--total-timesteps 2048",
+        "--seed 2 --env-id Taxi-v4 --num-envs 2 --num-steps 64 --total-timesteps 1024",
         "--seed 3 --bootstrap-truncation --learning-rate 1e-3 --no-clip-vloss "
-        "--num-minibatches 2 --total-timesteps 4096",
+        "--num-minibatches 2 --total-timesteps 2048",
         "--seed 4 --env-id Parts-v0 --target-kl 0.02 --total-timesteps 2048",
     ],
 )

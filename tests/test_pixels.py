@@ -135,7 +135,7 @@ def test_stacked_frames_show_what_moves():
 @pytest.mark.parametrize(
     "flags",
     [
-        "--env-id PlainDot-v0 --num-steps 32 --total-timesteps 768",
+        "--env-id PlainDot-v0 --num-steps 16 --total-timesteps 512",
         "--env-id PlainDotFirst-v0 --seed 2 --num-envs 3 --num-steps 32 "
         "--num-minibatches 2 --bootstrap-truncation --total-timesteps 384",
         "--env-id PlainDotGray-v0 --num-envs 4 --num-steps 32 --total-timesteps 384",
