@@ -1566,13 +1566,14 @@ class Logger:
             error.how_to_go_on = self.how_to_go_on(error)  # main() prints it
         if self.is_silent:
             return
-        threading.excepthook = self.old_excepthook
         try:
             self.close(exit_code=int(error is not None))
         except Exception:
             if error is None:
                 raise
             # Otherwise the first error is the one to show.
+        finally:
+            threading.excepthook = self.old_excepthook
         if error is None:
             line = f"results: {shown(self.run_folder)}"
             if self.args.capture_video:
