@@ -344,7 +344,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
         T = args.num_steps
         N = args.local_num_envs  # of this process: all of them, without torchrun
         obs_shape = envs.single_observation_space.shape
-        obs_dtype = torch.as_tensor(next_obs).dtype
+        obs_dtype = type_of_observations(envs, next_obs)
         action_shape = envs.single_action_space.shape
 
         obs = torch.zeros((T + 1, N, *obs_shape), dtype=obs_dtype, device=device)
@@ -367,7 +367,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
             # The rollout. The environments reuse the array next_obs; obs keeps a copy.
             for step in range(T):
                 global_step += args.num_envs
-                check_observations(args, next_obs)
+                check_observations(args, envs, next_obs)
                 obs[step] = torch.as_tensor(next_obs)
                 dones[step] = torch.as_tensor(next_done)
 
@@ -389,7 +389,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
                     rewards[step] += args.gamma * last_value
                 log.episodes(infos, global_step)
 
-            check_observations(args, next_obs)
+            check_observations(args, envs, next_obs)
             obs[T] = torch.as_tensor(next_obs)
             dones[T] = torch.as_tensor(next_done)
 
@@ -463,7 +463,7 @@ def value_cut_off(agent, envs, next_obs, cut_off, infos):
     values = torch.zeros(len(cut_off), device=device)
     if cut_off.any():
         if resets_in_same_step(envs):
-            last_obs = np.stack(infos["final_obs"][cut_off])
+            last_obs = final_observations(envs, infos, cut_off)
         else:
             last_obs = next_obs[cut_off]
         with torch.no_grad():
@@ -719,7 +719,8 @@ class RunEnded(Exception):
 
     def __init__(self, message, exit_code=2):
         super().__init__(" ".join(str(message).split()))
-        self.exit_code = exit_code
+        # Gymnasium makes a new one from one that comes out of a worker process.
+        self.exit_code = getattr(message, "exit_code", exit_code)
 
 
 def note(text):
@@ -840,7 +841,12 @@ def finish_parsing(parser, argv):
     args = parser.parse_args(argv)
     checkpoint = None
     if args.resume == "auto":
-        args.resume = newest_run(begin_of_run_name(args))
+        args.resume = newest_run(
+            begin_of_run_name(args),
+            env_id=args.env_id,
+            exp_name=args.exp_name,
+            seed=args.seed,
+        )
     elif args.resume is not None:  # an empty name is no new run
         args.resume = find_run(args.resume)
     if args.resume:
@@ -957,7 +963,7 @@ def check_gymnasium():
 
     Before 1.4 it counts all episodes but the first one step and one reward short.
     """
-    major, minor = gym.__version__.split(".")[:2]
+    major, minor = re.findall(r"\d+", gym.__version__)[:2]
     if (int(major), int(minor)) < (1, 4):
         raise RunEnded(
             f"Gymnasium {gym.__version__} is installed, and 1.4 or later is needed: "
@@ -1012,10 +1018,16 @@ def begin_of_run_name(args):
 
 
 def shown(path):
-    """A path as it is printed: short, if it is below the working folder."""
-    if path.is_relative_to(Path.cwd()):
-        return path.relative_to(Path.cwd())
-    return path
+    """A path as it is printed: short, if it is in runs/ or videos/ of this folder.
+
+    An environment may have gone to another folder, or have removed this one.
+    """
+    try:
+        short = path.relative_to(Path.cwd())
+    except (ValueError, OSError):
+        return path
+    is_ours = short.is_relative_to("runs") or short.is_relative_to("videos")
+    return short if is_ours else path
 
 
 # Environments
@@ -1112,6 +1124,21 @@ def resets_in_same_step(envs):
     only resets.
     """
     return envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
+
+
+def final_observations(envs, infos, which):
+    """The last observations of the episodes that ended, where this mask is True.
+
+    Raises RunEnded if a batch in SAME_STEP mode does not give them.
+    """
+    final_obs = infos.get("final_obs")
+    if final_obs is None or any(obs is None for obs in final_obs[which]):
+        raise RunEnded(
+            "--bootstrap-truncation needs the last observation of each episode, which "
+            f'this batch in SAME_STEP mode does not give in infos["final_obs"]: {envs}',
+            exit_code=1,
+        )
+    return np.stack(final_obs[which])
 
 
 def make_thunk(make_env, args, seed, index, video, render_mode):
@@ -1238,7 +1265,7 @@ def make_raw_env(args, render_mode=None):
     if not has_integers(space):
         return env
     return gym.wrappers.TransformObservation(
-        env, lambda obs: check_type(obs, space, env), space
+        env, lambda obs: check_type(obs, space, env.spec.id), space
     )
 
 
@@ -1269,32 +1296,40 @@ def has_image(space):
 
 
 def has_integers(space):
-    """Whether a part of the space promises whole numbers."""
+    """Whether a part of the space promises whole numbers, or yes and no."""
     if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
         parts = space.values() if isinstance(space, gym.spaces.Dict) else space
         return any(has_integers(part) for part in parts)
-    return space.dtype is not None and np.issubdtype(space.dtype, np.integer)
+    return np.dtype(space.dtype).kind in "iub"
 
 
-def check_type(obs, space, env):
-    """Return the observation, or raise RunEnded if it is not of the promised type.
+def check_type(obs, space, env_id):
+    """Return the observation in the promised type. Raises RunEnded if it does not fit.
 
     Fractions would be cut off where a space promises bytes, and the agent would see 0.
     """
     if isinstance(space, gym.spaces.Dict):
-        for name, part in space.items():
-            check_type(obs[name], part, env)
-    elif isinstance(space, gym.spaces.Tuple):
-        for value, part in zip(obs, space, strict=True):
-            check_type(value, part, env)
-    elif has_integers(space):
-        array = np.asarray(obs)
-        if array.dtype != space.dtype and (array.astype(space.dtype) != array).any():
-            raise RunEnded(
-                f"{env.spec.id}: an observation is of type {array.dtype}, and its "
-                f"values do not fit into the {space.dtype} of its space {space}"
-            )
-    return obs
+        return {name: check_type(obs[name], space[name], env_id) for name in space}
+    if isinstance(space, gym.spaces.Tuple):
+        pairs = zip(obs, space, strict=True)
+        return tuple(check_type(value, part, env_id) for value, part in pairs)
+    if not has_integers(space):
+        return obs
+
+    array = np.asarray(obs)
+    with np.errstate(invalid="ignore"):
+        as_promised = array.astype(space.dtype, copy=False)
+    fits = as_promised is array or (as_promised == array).all()
+    # The one-hot vector of -1 would be that of the last number.
+    if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
+        fits = fits and space.contains(as_promised.reshape(space.shape))
+    if not fits:
+        raise RunEnded(
+            f"{env_id}: an observation holds {array.dtype} values that do not fit into "
+            f"its space {space}: {array}",
+            exit_code=1,
+        )
+    return as_promised
 
 
 def check_actions(args, envs):
@@ -1379,11 +1414,25 @@ def restore_envs(args, checkpoint):
     return None, None
 
 
-def check_observations(args, next_obs):
-    """Raise RunEnded if one is NaN or infinite: no action can be drawn from it."""
+def type_of_observations(envs, next_obs):
+    """The type that holds both the first observations and what the space promises.
+
+    Some batches begin with whole numbers, and fractions come later.
+    """
+    dtype = np.result_type(next_obs.dtype, envs.single_observation_space.dtype)
+    return torch.as_tensor(np.zeros(1, dtype)).dtype
+
+
+def check_observations(args, envs, next_obs):
+    """Raise RunEnded if one is NaN or infinite: no action can be drawn from it.
+
+    Nor may a batch give fractions where its space promises whole numbers.
+    """
     if not np.isfinite(next_obs).all():
         message = f"{args.env_id} gave an observation that is not finite"
         raise RunEnded(message, exit_code=1)
+    if next_obs.dtype != envs.single_observation_space.dtype:
+        check_type(next_obs, envs.single_observation_space, args.env_id)
 
 
 def check_for_divergence(args, global_step, rewards, stats, agent):
@@ -1543,7 +1592,7 @@ class Logger:
         self.logged_videos = set()
         self.last_returns = collections.deque(maxlen=100)
         self.lock = None
-        self.error = None  # why the log can no longer be written
+        self.error = None  # why a log can no longer be written
         self.old_excepthook = threading.excepthook
 
     def __enter__(self):
@@ -1554,6 +1603,7 @@ class Logger:
             self.open()
         except BaseException:
             self.unlock()
+            threading.excepthook = self.old_excepthook
             raise
         return self
 
@@ -1567,16 +1617,18 @@ class Logger:
             self.make_run_folder()
             self.lock = lock_folder(self.run_folder)
         # Points that a killed run has logged after its checkpoint are hidden.
+        threads = threading.enumerate()
         self.writer = SummaryWriter(
             self.run_folder, purge_step=self.args.first_step + 1
         )
+        self.threads = [t for t in threading.enumerate() if t not in threads]
+        threading.excepthook = self.error_in_thread
         self.bar = tqdm(
             total=self.args.num_updates * self.args.batch_size,
             initial=self.args.first_step,
             unit="step",
             disable=not sys.stderr.isatty(),
         )
-        threading.excepthook = self.error_in_thread
         self.write_settings()
 
     def make_run_folder(self):
@@ -1588,11 +1640,14 @@ class Logger:
     def start_wandb(self):
         import wandb  # takes a second, so only when it is asked for
 
+        # An environment may have gone to another folder meanwhile.
+        folder = self.run_folder.resolve()
         try:
             run = wandb.init(
+                dir=os.environ.get("WANDB_DIR", folder.parent.parent),
                 project=self.args.wandb_project_name,
                 entity=self.args.wandb_entity,
-                name=self.run_folder.resolve().name,
+                name=folder.name,
                 id=self.wandb_id,
                 resume="allow",
                 config=vars(self.args),
@@ -1613,7 +1668,9 @@ class Logger:
             raise
 
     def say(self, line):
-        if not self.is_silent:
+        if self.is_silent:
+            return
+        with self.keep_error("to standard output"):
             tqdm.write(line)  # print, without tearing the progress bar
 
     def write_settings(self):
@@ -1627,38 +1684,37 @@ class Logger:
             value = " ".join(str(value).split())  # spaces may take several lines
             self.say(f"{name}={value}")
             rows.append(f"|{name}|{value}|")
-        self.writer.add_text("hyperparameters", "\n".join(rows))
+        with self.keep_error(f"the log in {shown(self.run_folder)}"):
+            self.writer.add_text("hyperparameters", "\n".join(rows))
 
     def add_scalar(self, tag, value):
         if self.is_silent:
             return
-        with self.keep_error():
+        with self.keep_error(f"the log in {shown(self.run_folder)}"):
             self.writer.add_scalar(tag, value, self.global_step)
 
     @contextlib.contextmanager
-    def keep_error(self):
-        """Keep the error if the log cannot be written; train() saves before it ends."""
+    def keep_error(self, place):
+        """Keep the error if this cannot be written; train() saves before it ends."""
         try:
             yield
-        except OSError as error:  # the disk is full, or the folder is gone
-            self.error = error
+        except OSError as error:  # the disk is full, or the folder or terminal is gone
+            self.error = f"cannot write {place}: {error}"
 
     def error_in_thread(self, details):
         """Keep quiet about what TensorBoard's thread also tells keep_error()."""
-        if not isinstance(details.exc_value, OSError):
+        is_told = isinstance(details.exc_value, OSError)
+        if not is_told or details.thread not in self.threads:
             self.old_excepthook(details)
 
     def failed(self):
-        """Whether the log can no longer be written."""
+        """Whether a log can no longer be written."""
         return self.error is not None
 
     def end_if_failed(self):
-        """Raise RunEnded if the log can no longer be written."""
+        """Raise RunEnded if a log can no longer be written."""
         if self.failed():
-            raise RunEnded(
-                f"cannot write the log in {shown(self.run_folder)}: {self.error}",
-                exit_code=1,
-            ) from self.error
+            raise RunEnded(self.error, exit_code=1)
 
     def episodes(self, infos, global_step):
         """Print each finished episode; the curve gets the mean of those of one step."""
@@ -1692,10 +1748,12 @@ class Logger:
 
         mean_return = np.mean(self.last_returns) if self.last_returns else np.nan
         self.bar.set_postfix(mean_return=mean_return, refresh=False)
-        self.bar.update(self.args.batch_size)
+        with self.keep_error("the progress bar"):
+            self.bar.update(self.args.batch_size)
         # What is printed and logged must never be behind a checkpoint that comes now.
-        sys.stdout.flush()
-        with self.keep_error():
+        with self.keep_error("to standard output"):
+            sys.stdout.flush()
+        with self.keep_error(f"the log in {shown(self.run_folder)}"):
             self.writer.flush()
 
     def upload_videos(self):
@@ -1718,13 +1776,14 @@ class Logger:
             error.how_to_go_on = self.how_to_go_on(error)  # main() prints it
         if self.is_silent:
             return
-        threading.excepthook = self.old_excepthook
         try:
             self.close(exit_code=int(error is not None))
         except Exception:
             if error is None:
                 raise
             # Otherwise the first error is the one to show.
+        finally:
+            threading.excepthook = self.old_excepthook
         if error is None:
             line = f"results: {shown(self.run_folder)}"
             if self.args.capture_video:
@@ -1763,10 +1822,12 @@ def check_config(args, config):
     command passes them on.
     """
     grows = ["total_timesteps", "num_updates", "first_step", "env_seed", "resume"]
-    for name, value in vars(args).items():
-        if args.resume and name in grows:
+    flags = vars(args)
+    for key, in_table in config.items():
+        name = key.replace("-", "_")
+        if name not in flags or (args.resume and name in grows):
             continue
-        in_table = config.get(name, value)
+        value = flags[name]
         if not same_setting(in_table, value):
             raise RunEnded(
                 f"W&B shows {name}={in_table}, but the run has {value}. In a sweep, "
@@ -1779,7 +1840,7 @@ def same_setting(one, other):
     try:
         return float(one) == float(other)
     except (TypeError, ValueError):
-        return str(one) == str(other)
+        return str(one).lower() == str(other).lower()
 
 
 def lock_folder(folder):
@@ -1895,8 +1956,7 @@ class Checkpoints:
         except OSError as error:
             raise RunEnded(
                 f"cannot save {shown(self.path)} (if it was there before, it is still "
-                f"whole): "
-                f"{error}",
+                f"whole): {error}",
                 exit_code=1,
             ) from error
 
@@ -1913,6 +1973,7 @@ def find_foreign(item, place):
         return [f"{place} is a {type(item).__module__}.{type(item).__name__}"]
     found = []
     for key, part in parts:
+        found += find_foreign(key, f"the key {key!r} of {place}")
         found += find_foreign(part, f"{place}[{key!r}]")
     return found
 
@@ -1972,20 +2033,25 @@ def find_run(name):
     return str(path.parent if path.name == CHECKPOINT_FILE else path)
 
 
-def newest_run(begin=""):
+def newest_run(begin="", **flags):
     """The folder in runs/ whose checkpoint is the newest, or None.
 
-    Only folders whose names begin like this count. The time is the one in the
-    checkpoint, as copying changes the times of files.
+    Only runs with these flags count, and only folders whose names begin like this are
+    looked at. The time is the one in the checkpoint, as copying changes the times of
+    files.
     """
     newest = None
     latest = -1.0
     for path in sorted(Path("runs").glob(f"*/{CHECKPOINT_FILE}")):
-        if path.parent.name.startswith(begin):
-            saved_at = read_checkpoint(path).get("saved_at", 0.0)
-            if saved_at > latest:
-                newest = str(path.parent)
-                latest = saved_at
+        if not path.parent.name.startswith(begin):
+            continue
+        checkpoint = read_checkpoint(path)
+        saved_at = checkpoint.get("saved_at") or 0.0  # older versions have none
+        saved_flags = checkpoint.get("args") or {}
+        is_same = all(saved_flags.get(name) == flags[name] for name in flags)
+        if is_same and saved_at > latest:
+            newest = str(path.parent)
+            latest = saved_at
     return newest
 
 

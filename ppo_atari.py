@@ -38,7 +38,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-from gymnasium.wrappers import vector as wrappers
 from torch.distributions import Categorical
 
 import ppo
@@ -60,6 +59,7 @@ def make_envs(args, seed, video=None, render_mode=None):
             "games need --vectorization-mode vector_entry_point, and have no window"
         )
 
+    wrappers = gym.wrappers.vector
     envs = make_games(args)
     if video:
         envs = wrappers.RecordVideo(

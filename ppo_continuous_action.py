@@ -69,7 +69,7 @@ def make_envs(args, seed, video=None, render_mode=None):
     unbounded = gym.spaces.Box(-np.inf, np.inf, low.shape, np.float32)
     envs = wrappers.TransformAction(
         envs,
-        lambda action: np.clip(middle + scale * action, low, high),
+        lambda action: np.clip(middle + scale * action, low, high).astype(low.dtype),
         single_action_space=unbounded,
     )
 
@@ -116,6 +116,9 @@ def scale_of_actions(low, high):
     shape. They are 0 and 1 where the range is without bounds, or where draws from a
     normal distribution with mean 0 and deviation 1 cover it well enough as it is.
     """
+    dtype = low.dtype
+    low = low.astype(np.float64)
+    high = high.astype(np.float64)
     is_bounded = (low > -1e30) & (high < 1e30)
     low = np.where(is_bounded, low, -1.0)
     high = np.where(is_bounded, high, 1.0)
@@ -125,7 +128,7 @@ def scale_of_actions(low, high):
     is_far = is_large | is_small | is_elsewhere
     middle = np.where(is_far, (low + high) / 2, 0.0)
     scale = np.where(is_far, (high - low) / 2, 1.0)
-    return middle.astype(np.float32), scale.astype(np.float32)
+    return middle.astype(dtype), scale.astype(dtype)
 
 
 class Statistics(nn.Module):

@@ -317,6 +317,8 @@ def test_statistics_are_kept_where_an_environment_cannot_be(train):
     first_seen = []
 
     class LookingAgent(Agent):
+        __module__ = Agent.__module__  # or a checkpoint would name another program
+
         def get_action(self, obs):
             first_seen[:] = first_seen or [obs.numpy().copy()]
             return super().get_action(obs)
