@@ -83,7 +83,7 @@ def shell(session, monkeypatch):
 
 @pytest.fixture
 def change(shell):
-    """change(heading, flags) runs ppo.py as a section changes it; returns its curves."""
+    """change(heading, flags) runs ppo.py as changed; returns folder and curves."""
 
     def change(heading, flags=""):
         (diff,) = blocks(heading, "diff")
@@ -132,8 +132,8 @@ class Lucky(Corridor):
         return super().reset(**options)
 
     def step(self, action):
-        *step, info = super().step(action)
-        return *step, {"is_success": self.episodes % 2 == 0}
+        *result, _ = super().step(action)
+        return *result, {"is_success": self.episodes % 2 == 0}
 
 
 def test_another_number_for_each_episode(change):
