@@ -14,6 +14,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -38,6 +39,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("run", nargs="?", default="newest", help="runs/<run name>")
     add("--program", type=Path, default=None, help="your own variant that trained it")
+    add("--env-id", default=None, help="of the run; another one if it fits the agent")
     add("--episodes", type=ppo.positive_int, default=10, help="how many to play")
     add("--max-steps", type=ppo.positive_int, default=100_000, help="of all episodes")
     add("--seed", type=ppo.whole_number, default=1000, help="of all random numbers")
@@ -68,7 +70,27 @@ def load_program(path, name):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
+    if hasattr(
+        program, "RunEnded"
+    ):  # a copy of ppo.py, which is to raise what we catch
+        program.RunEnded = ppo.RunEnded
     return program
+
+
+def check_env_id(env_id):
+    """Raise ppo.RunEnded where this id makes any function be called.
+
+    Together with the arguments in the checkpoint it could do anything.
+    """
+    spec = ppo.find_env(env_id)
+    if isinstance(spec, str):  # a registered id
+        return
+    is_class = isinstance(spec.entry_point, type)
+    if not is_class or not issubclass(spec.entry_point, gym.Env):
+        raise ppo.RunEnded(
+            f"{env_id} makes the environment of this run. A checkpoint may be a "
+            f"stranger's, so if you know it, name it yourself: --env-id {env_id}"
+        )
 
 
 def play(args, envs, agent):
@@ -98,6 +120,10 @@ def evaluate(args):
     print(f"run={run_folder}")
 
     trained = argparse.Namespace(**checkpoint["args"])
+    if args.env_id:
+        trained.env_id = args.env_id
+    else:
+        check_env_id(trained.env_id)
     trained.local_num_envs = 1
     trained.num_minibatches = 1  # with a memory, it must divide the environments
     if trained.vectorization_mode == "async" or program is ppo:
@@ -115,6 +141,7 @@ def evaluate(args):
     torch.set_num_threads(trained.num_threads)
     make_envs = getattr(program, "make_envs", ppo.make_envs)
     envs = make_envs(trained, args.seed, video, "human" if args.render else None)
+    ppo.reset_torch()
     agent = getattr(program, "Agent", ppo.Agent)(envs)
     ppo.load_agent(agent, checkpoint)
     returns = play(args, envs, agent.eval())

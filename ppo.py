@@ -1091,9 +1091,17 @@ class PlainArrays(gym.vector.VectorWrapper):
         return np.ascontiguousarray(obs), infos
 
     def step(self, actions):
-        *arrays, infos = self.env.step(actions)
-        arrays = [np.ascontiguousarray(array) for array in arrays]
-        return *arrays, infos
+        obs, rewards, terminations, truncations, infos = self.env.step(actions)
+        obs = np.ascontiguousarray(obs)
+        rewards = np.ascontiguousarray(rewards)
+        terminations = np.ascontiguousarray(terminations, dtype=bool)
+        truncations = np.ascontiguousarray(truncations, dtype=bool)
+        if rewards.shape != (self.num_envs,):
+            raise RunEnded(
+                f"{self.spec.id}: its rewards have the shape {rewards.shape}, not "
+                f"({self.num_envs},). PPO needs one number for each environment."
+            )
+        return obs, rewards, terminations, truncations, infos
 
 
 def unknown_id(args, error):
@@ -1105,13 +1113,23 @@ def unknown_id(args, error):
             f"module:{args.env_id})"
         )
     package = module_name.split(".")[0]
-    known = [i for i, spec in gym.registry.items() if package in str(spec.entry_point)]
-    registered = ", ".join(sorted(known)) or "no ids"
+    known = [id for id, spec in gym.registry.items() if package_of(spec) == package]
+    registered = ", ".join(sorted(known)[:10]) or "no ids"
+    if len(known) > 10:
+        registered += f" and {len(known) - 10} more"
     return (
         f"{module_name} was imported. It has registered {registered}, and it has no "
         f"class or function {name}. Name one of these ids, or the module that "
         "registers another one, or a class or a function that makes the environment."
     )
+
+
+def package_of(spec):
+    """The package that the class or function of a registered environment is from."""
+    entry_point = spec.entry_point or spec.vector_entry_point
+    if not isinstance(entry_point, str):
+        entry_point = entry_point.__module__
+    return re.split("[.:]", entry_point)[0]
 
 
 def resets_in_same_step(envs):
@@ -1199,15 +1217,21 @@ def check_render_mode(env):
 class FirstStep(gym.Wrapper):
     """Looks at the first step of an environment, and then gets out of the way."""
 
+    def reset(self, **options):
+        result = self.env.reset(**options)
+        reset_torch()
+        return result
+
     def step(self, action):
         try:
             result = self.env.step(action)
         except Exception as error:
-            error.hint = (
-                f"It broke in its first step, with an action of {type(action)}. If it "
-                "wants Python's int: gym.wrappers.TransformAction(env, int, "
-                "env.action_space)"
-            )
+            if isinstance(action, np.integer):
+                error.hint = (
+                    f"It broke in its first step, with an action of {type(action)}. If "
+                    "it wants Python's int: gym.wrappers.TransformAction(env, int, "
+                    "env.action_space)"
+                )
             raise
         reward = result[1]
         if np.size(reward) != 1:
@@ -1237,10 +1261,28 @@ class ErrorsAsText(gym.Wrapper):
             return function(*args, **options)
         except RunEnded:
             raise  # its message is all there is to say
-        except Exception:
+        except Exception as error:
             # Gymnasium takes a % in it for the place of a number, so it is doubled.
             text = traceback.format_exc().replace("%", "%%")
-            raise RuntimeError(f"in a worker process:\n{text}") from None
+            hint = getattr(error, "hint", "")
+            raise WorkerError(f"in a worker process:\n{text}", hint) from None
+
+
+class WorkerError(RuntimeError):
+    """An error in a worker process, as text.
+
+    In the main process, Gymnasium puts it into another one, which shows each % once.
+    """
+
+    def __init__(self, content, hint=""):
+        super().__init__(content)
+        self.hint = getattr(content, "hint", hint)
+
+    def __str__(self):
+        (content,) = self.args
+        if isinstance(content, WorkerError):
+            return str(content).replace("%%", "%")
+        return content
 
 
 def find_env(env_id):
@@ -1337,12 +1379,14 @@ def check_actions(args, envs):
     actions = envs.single_action_space
     if isinstance(actions, gym.spaces.Discrete) and actions.start == 0:
         return
-    program = "ppo_multi_discrete.py"
+    advice = "for these there is ppo_multi_discrete.py"
     if isinstance(actions, gym.spaces.Box):
-        program = "ppo_continuous_action.py"
+        advice = "for these there is ppo_continuous_action.py"
+        if has_integers(actions) or len(actions.shape) != 1:
+            advice = "these need a wrapper: gym.wrappers.TransformAction"
     raise RunEnded(
-        f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0 (for "
-        f"these there is {program})"
+        f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0 "
+        f"({advice})"
     )
 
 
@@ -1807,7 +1851,8 @@ class Logger:
         has_workers = self.args.vectorization_mode == "async"
         if has_workers and isinstance(error, (EOFError, ConnectionError)):
             line += " A worker process is gone, maybe because memory ran out."
-        if self.args.capture_video and "mujoco" in sys.modules:
+        films_mujoco = self.args.capture_video and "mujoco" in sys.modules
+        if films_mujoco and "MUJOCO_GL" not in os.environ:
             line += " Without a screen, MuJoCo draws only with MUJOCO_GL=egl."
         if (self.run_folder / CHECKPOINT_FILE).exists():
             folder = shown(self.run_folder)
@@ -2169,5 +2214,6 @@ def exit_with(ended):
     sys.exit(ended.exit_code)
 
 
-if __name__ == "__main__":
+# The cells of a notebook have no __file__. There, call main(["--seed", "2"]) yourself.
+if __name__ == "__main__" and "__file__" in globals():
     main()
