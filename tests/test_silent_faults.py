@@ -122,7 +122,8 @@ def actions_that_arrive(space, actions):
         (-0.01, 0.01, np.float32),
         (0, 0.001, np.float32),
         (20, 21, np.float32),
-        (-8, -0.75, np.float32),
+        (1, 3, np.float32),
+        (-3, -0.75, np.float32),
         (-1e20, 1e20, np.float32),
         (1e9, 1e9 + 1, np.float64),
         (0, 512, np.float16),
@@ -597,6 +598,9 @@ def test_tensorboard_shows_all_steps_wherever_the_clock_is(
     train("--total-timesteps 64")
     (folder,) = Path("runs").iterdir()
     for total in (128, 192):
+        # Within a second, files are read in the order of the ids of processes.
+        for path in folder.glob("events.*"):
+            path.rename(str(path).replace(f".{os.getpid()}.", ".99999999."))
         now += seconds
         train(f"--resume {folder} --total-timesteps {total}")
     steps = [step for step, _ in scalars(folder)["losses/entropy"]]
@@ -722,7 +726,7 @@ def test_a_log_that_cannot_be_written_is_one_line_after_all_is_saved(
     assert code == 1
     assert f"cannot write the log in {folders[0]}: " in line
     assert word in line
-    assert threading.excepthook.__module__ != "ppo"
+    assert threading.excepthook.__module__ != ppo.__name__
     assert saved_step(folders[0]) == 128
 
     if spoil is fill:
@@ -734,6 +738,19 @@ def test_a_log_that_cannot_be_written_is_one_line_after_all_is_saved(
 class FullDisk(io.StringIO):
     def write(self, text):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_that_cannot_begin_gives_the_hook_of_threads_back(run, monkeypatch):
+    def fail(log):
+        raise ZeroDivisionError
+
+    before = threading.excepthook
+    monkeypatch.setattr(ppo.Logger, "write_settings", fail)
+    with pytest.raises(ZeroDivisionError):
+        run("--total-timesteps 512")
+    assert threading.excepthook == before
+    (folder,) = Path("runs").iterdir()
+    os.close(ppo.lock_folder(folder))
 
 
 def test_standard_output_that_cannot_be_written_is_one_line_after_all_is_saved(fails):
