@@ -704,8 +704,9 @@ def rename(folder):
 def fill(folder):
     """Nothing more can be written to the log."""
     (log,) = folder.glob("events.*")
-    log.unlink()
-    log.symlink_to("/dev/full")
+    full = folder / "full"
+    full.symlink_to("/dev/full")
+    full.replace(log)  # at once, as the log's thread may write at any time
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
