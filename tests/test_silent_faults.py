@@ -37,7 +37,7 @@ import ppo
 import ppo_continuous_action
 
 UPDATE = "--num-steps 16 --num-minibatches 2"  # an update of 64 steps
-ODD = f"--env-id Odd-v0 {UPDATE}"
+ODD = f"--env-id Odd-v0 {UPDATE} --total-timesteps 64"
 CONTINUOUS = {
     "make_envs": ppo_continuous_action.make_envs,
     "Agent": ppo_continuous_action.Agent,
@@ -288,7 +288,7 @@ def test_all_files_stay_where_the_run_was_started(when, how, workdir, capsys):
         return [workdir / path for path in line.split(" and ")]
 
     register(Walking)
-    ppo.main([*ODD.split(), "--total-timesteps=64", "--capture-video"])
+    ppo.main([*ODD.split(), "--capture-video"])
     os.chdir(workdir)
     (folder,) = workdir.glob("runs/*")
     videos = workdir / "videos" / folder.name
@@ -418,7 +418,7 @@ def test_a_batch_without_last_observations_cannot_bootstrap(lacks, run, fails):
             return *step, infos
 
     register(None, vector_entry_point=Forgetful)
-    flags = f"{ODD} --vectorization-mode vector_entry_point --total-timesteps 64"
+    flags = f"{ODD} --vectorization-mode vector_entry_point"
     code, line = fails(f"{flags} --bootstrap-truncation")
     assert code == 1
     assert "SAME_STEP" in line
@@ -443,7 +443,7 @@ def test_a_batch_that_begins_with_whole_numbers_keeps_later_fractions(run):
             return super().get_action(obs)
 
     register(None, vector_entry_point=Halves)
-    flags = f"{ODD} --vectorization-mode vector_entry_point --total-timesteps 64"
+    flags = f"{ODD} --vectorization-mode vector_entry_point"
     run(flags, Agent=SeeingAgent)
     assert (torch.stack(seen[1:]) % 1 == 0.5).all()
 
