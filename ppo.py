@@ -30,7 +30,7 @@ processes, signals, torchrun, logs and checkpoints. You may stop before it.
 
 Eleven implementation details belong to PPO as most people use it. Some of them are the
 algorithm (1, 5, 6, 8, 10), and the others are choices of its original code. Two more
-help to see what it does, and to keep it simple. Each is explained where it happens,
+(12 and 13) show what happens, and keep it simple. Each is explained where it happens,
 with its source. Search for "Detail 5:", for example.
 
     1. vectorized environments            8. clipped policy objective
@@ -209,12 +209,12 @@ def make_envs(args, seed, video=None, render_mode=None):
 
 def layer_init(layer, std=2**0.5, bias_const=0.0):
     """Initialize a layer in place, and return it."""
-    # Detail 2: orthogonal initialization. A matrix with orthogonal columns keeps the
-    # length of what it multiplies. So at first signals and gradients neither vanish nor
-    # explode on their way through the hidden layers (Saxe et al. 2014,
-    # arXiv:1312.6120). The gain sqrt(2) makes up for a ReLU, which cuts off half of the
-    # squared length (He et al. 2015, arXiv:1502.01852). Keeping it with tanh is a
-    # habit. ([baselines])
+    # Detail 2: orthogonal initialization. A matrix whose columns are orthogonal and of
+    # length 1 keeps the length of what it multiplies. So at first signals and gradients
+    # neither vanish nor explode on their way through the hidden layers (Saxe et al.
+    # 2014, arXiv:1312.6120). The gain sqrt(2) makes up for a ReLU, which cuts off half
+    # of the squared length (He et al. 2015, arXiv:1502.01852). Keeping it with tanh is
+    # a habit. ([baselines])
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -408,7 +408,7 @@ def train(args, make_envs=make_envs, Agent=Agent):
             # it.)
             b_inds = np.arange(T * N)
             if agent.has_memory:
-                b_inds = b_inds.reshape(T, N)  # keeps the steps of an environment
+                b_inds = b_inds.reshape(T, N)  # a column for each environment
             if not resets_in_same_step(envs):
                 b_inds = b_inds[dones[:T].flatten().cpu().numpy() == 0]
 

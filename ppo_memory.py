@@ -12,8 +12,7 @@ more implementation details belong to a memory. Search for "Detail L3", for exam
     L2. a state of zeros at first       L5. states that are computed anew
     L3. reset where an episode begins
 
-Sources are named as in ppo.py. [baselines] has all five, in common/models.py and
-ppo2/ppo2.py. The LSTM is from Hochreiter and Schmidhuber 1997.
+Sources are named as in ppo.py. The LSTM is from Hochreiter and Schmidhuber 1997.
 """
 
 # /// script
@@ -64,7 +63,7 @@ gym.register("CartPoleWithoutVelocities-v0", make_cartpole_without_velocities)
 
 
 def make_envs(args, seed, video=None, render_mode=None):
-    """As in ppo.py, but the agent's memory goes through the environments."""
+    """As in ppo.py, but the LSTM's state travels in the actions and observations."""
     if args.local_num_envs % args.num_minibatches:
         raise ppo.RunEnded(
             f"--num-minibatches {args.num_minibatches} must divide the "
@@ -85,11 +84,12 @@ class StateInObservation(gym.vector.VectorWrapper):
 
     The agent returns its new state as a part of its action. Here it becomes a part of
     the next observation. So what is kept of a step in the rollout, in a checkpoint or
-    for evaluate.py includes the state, without a line of code for it.
+    for evaluate.py includes the state, and train() needs no code for it.
 
-    An observation holds: the environment's own, the state before the step, and 1 if an
-    episode begins with it, else 0. An action holds: the environment's own, and the
-    state after the step.
+    An observation holds the environment's own, the state before the step, and 1 if an
+    episode begins with it, else 0: (num_envs, own_dim + STATE_SIZE + 1). An action
+    holds the environment's own, and the state after the step: (num_envs, 1 +
+    STATE_SIZE).
     """
 
     def __init__(self, envs):
@@ -104,48 +104,55 @@ class StateInObservation(gym.vector.VectorWrapper):
 
     def reset(self, *, seed=None, options=None):
         obs, infos = self.env.reset(seed=seed, options=options)
-        # Detail L2: a state of zeros at first. ([baselines])
+        # Detail L2: a state of zeros at first. There is nothing to remember yet.
+        # ([baselines], common/models.py)
         state = np.zeros((self.num_envs, STATE_SIZE), np.float32)
-        begins = np.ones((self.num_envs, 1), np.float32)
-        return np.concatenate([obs, state, begins], axis=1), infos
+        is_first = np.ones((self.num_envs, 1), np.float32)
+        return np.concatenate([obs, state, is_first], axis=1), infos
 
     def step(self, actions):
         env_actions = actions[:, 0].astype(self.env.single_action_space.dtype)
         state = actions[:, 1:]
         obs, rewards, terminations, truncations, infos = self.env.step(env_actions)
-        begins = terminations | truncations
-        # The last observation of an episode does not begin one, so the state that
-        # belongs to it is the one before the reset.
-        for i in np.flatnonzero(begins):
-            last_obs = infos["final_obs"][i]
-            infos["final_obs"][i] = np.concatenate([last_obs, state[i], [0]])
-        begins = begins[:, None].astype(np.float32)
-        obs = np.concatenate([obs, state, begins], axis=1)
+        done = terminations | truncations
+
+        # Where an episode has ended, both its last observation and the first one of the
+        # next episode get the state. Only the first one gets a 1, which clears it.
+        if "final_obs" in infos:
+            final_obs = infos["final_obs"]
+            not_first = np.zeros(1, np.float32)
+            for i in np.flatnonzero(done):
+                final_obs[i] = np.concatenate([final_obs[i], state[i], not_first])
+
+        is_first = done[:, None].astype(np.float32)
+        obs = np.concatenate([obs, state, is_first], axis=1)
         return obs, rewards, terminations, truncations, infos
 
 
 class Agent(ppo.Agent):
     """As in ppo.py, but one LSTM sees the observations for both actor and critic.
 
-    obs_dim and the shape of actions are those of StateInObservation.
+    Observations and actions are those of StateInObservation.
     """
 
-    # Detail L4: whole environments in a minibatch. The LSTM learns what to remember
-    # from what came of it later. So the steps of an environment stay together, in their
-    # order, and train() deals environments into the minibatches. ([baselines])
+    # Detail L4: whole environments in a minibatch. Whether it was worth remembering
+    # something shows only later. So the steps of an environment stay together, in their
+    # order, and update() deals whole environments into the minibatches. ([baselines],
+    # ppo2/ppo2.py)
     has_memory = True
 
     def __init__(self, envs):
         nn.Module.__init__(self)  # not ppo.Agent's networks
-        obs_dim = envs.single_observation_space.shape[0] - STATE_SIZE - 1
+        self.own_dim = envs.single_observation_space.shape[0] - STATE_SIZE - 1
         num_actions = envs.unwrapped.single_action_space.n
 
-        self.network = nn.Sequential(layer_init(nn.Linear(obs_dim, 64)), nn.Tanh())
+        self.network = nn.Sequential(layer_init(nn.Linear(self.own_dim, 64)), nn.Tanh())
 
-        # Detail L1: initialization of the LSTM. Its weights are orthogonal, for the
-        # reason of detail 2 in ppo.py: what it remembers is multiplied by the same
-        # matrix in every step, and must neither vanish nor explode. The gain is 1,
-        # because no ReLU cuts off a half. ([baselines])
+        # Detail L1: initialization of the LSTM. Its weights are orthogonal with gain 1,
+        # so that the inputs of its four gates, taken together, are as long as what
+        # comes in. The biases are 0, so at first every gate is about half open. What to
+        # keep and what to forget has to be learned. ([baselines], a2c/utils.py, which
+        # gives no reason)
         self.lstm = nn.LSTM(64, LSTM_SIZE)
         for name, parameter in self.lstm.named_parameters():
             if "weight" in name:
@@ -159,59 +166,62 @@ class Agent(ppo.Agent):
     def remember(self, obs):
         """Let the LSTM see sequences of observations.
 
-        obs: (steps, batch, obs_dim). Only the state in the first step of each sequence
-        is used. Returns the LSTM's outputs, (steps, batch, 64), and its state after the
-        last step, (batch, 128).
+        obs: (steps, batch, own_dim + STATE_SIZE + 1). Only the state in the first step
+        of each sequence is used. Returns the LSTM's outputs, (steps, batch, LSTM_SIZE),
+        and its state after the last step, (batch, STATE_SIZE).
         """
         obs = obs.float()
-        own_size = obs.shape[-1] - STATE_SIZE - 1
-        own, state, begins = obs.split([own_size, STATE_SIZE, 1], dim=-1)
+        own, state, is_first = obs.split([self.own_dim, STATE_SIZE, 1], dim=-1)
         features = self.network(own)
 
-        # Detail L5: states that are computed anew. In the update the parameters change
-        # from one minibatch to the next, so the states of the rollout are out of date.
-        # All but the first one, which was there before the rollout, are computed again,
-        # and so the gradient flows through them, back to the first step. ([baselines])
-        h, c = state[0].split(LSTM_SIZE, dim=-1)
+        # Detail L5: states that are computed anew. A stored state is only numbers. No
+        # gradient flows through it, and once the parameters have changed, it is out of
+        # date. So the update computes all states again from the first one, and the
+        # gradient flows back to the beginning of the episode or of the rollout. The
+        # first state itself is from before the rollout, and stays as it was.
+        # ([baselines], ppo2/ppo2.py)
+        h, c = state[:1].split(LSTM_SIZE, dim=-1)  # (1, batch, LSTM_SIZE) each
 
         # The LSTM takes all steps up to the next one in which some episode begins in
         # one call. That is much faster than a call for each step.
         num_steps = len(obs)
-        starts = [0]
-        for step in range(1, num_steps):
-            if begins[step].any():
-                starts.append(step)
+        has_first = is_first.flatten(1).any(dim=1).tolist()
+        cuts = [step for step in range(1, num_steps) if has_first[step]]
 
         outputs = []
-        for start, end in zip(starts, [*starts[1:], num_steps], strict=True):
+        for start, end in zip([0, *cuts], [*cuts, num_steps], strict=True):
             # Detail L3: reset where an episode begins. What the agent remembers of the
-            # old episode would only mislead it in the new one. ([baselines])
-            h = h * (1 - begins[start])
-            c = c * (1 - begins[start])
-            output, (h, c) = self.lstm(features[start:end], (h[None], c[None]))
-            h = h[0]
-            c = c[0]
+            # old episode would only mislead it in the new one. ([baselines],
+            # a2c/utils.py)
+            h = h * (1 - is_first[start])
+            c = c * (1 - is_first[start])
+            output, (h, c) = self.lstm(features[start:end], (h, c))
             outputs.append(output)
-        return torch.cat(outputs), torch.cat([h, c], dim=-1)
+        return torch.cat(outputs), torch.cat([h[0], c[0]], dim=-1)
 
     def get_value(self, obs):
         hidden, _ = self.remember(obs[None])
         return self.critic(hidden[0]).squeeze(-1)
 
+    def get_policy(self, hidden):
+        """hidden: (..., LSTM_SIZE), outputs of the LSTM. Returns pi(.|s)."""
+        return Categorical(logits=self.actor(hidden), validate_args=False)
+
     def get_action(self, obs, deterministic=False):
+        """As in ppo.py; actions hold the new state, too: (batch, 1 + STATE_SIZE)."""
         hidden, state = self.remember(obs[None])
-        policy = Categorical(logits=self.actor(hidden[0]), validate_args=False)
+        policy = self.get_policy(hidden[0])
         action = policy.mode if deterministic else policy.sample()
         return torch.cat([action[:, None], state], dim=-1), policy.log_prob(action)
 
     def evaluate_actions(self, obs, action):
         """As in ppo.py, but for whole sequences.
 
-        obs: (steps, batch, obs_dim), action: (steps, batch, 129). The results have the
-        shape (steps, batch) each.
+        obs: (steps, batch, own_dim + STATE_SIZE + 1), action: (steps, batch, 1 +
+        STATE_SIZE). The results have the shape (steps, batch) each.
         """
         hidden, _ = self.remember(obs)
-        policy = Categorical(logits=self.actor(hidden), validate_args=False)
+        policy = self.get_policy(hidden)
         value = self.critic(hidden).squeeze(-1)
         return policy.log_prob(action[..., 0]), policy.entropy(), value
 

@@ -5,14 +5,17 @@
     python ppo_multi_discrete.py --env-id Taxi-v4 --total-timesteps 1000000
 
 An action may have several parts, each of them numbered: MultiDiscrete, MultiBinary, or
-a Tuple of Discrete. Some of them may make no sense in the situation. By default this
-program plays a game of putting things in order. An action says which thing to take, and
-where to put it. All flags are those of ppo.py, and one more, --no-masks.
+a Tuple of Discrete. Not every choice is valid in every situation, and masks exclude
+those that are not. By default this program plays a game of putting things in order. An
+action says which thing to take, and where to put it. All flags are those of ppo.py, and
+one more, --no-masks. Two more details belong to such actions. Search for "Detail M1",
+for example:
 
     M1. independent parts               M2. masks
 
-An environment tells which actions are valid in one of two ways: by its infos, as
-info["action_mask"], or by a method action_masks(). A mask is a row of 0 and 1, for all
+An environment tells which choices are valid in one of two ways: by its infos, as
+info["action_mask"], in reset() and in every step(), or by a method action_masks(). A
+mask is a row of 0 and 1, for all
 choices of the first part, then for those of the second, and so on. It may also be given
 as one array for each part.
 
@@ -44,12 +47,15 @@ from ppo import layer_init
 
 
 class Sorting(gym.Env):
-    """Four things lie in twelve places, and thing i belongs into place i.
+    """Four things lie in twelve places, and thing i belongs in place i.
 
     The first part of an action says from which place to take a thing, the second one
-    into which place to put it. If there is no thing, or if the place is taken, nothing
+    where to put it. If there is no thing, or if the other place is taken, nothing
     happens. Putting a thing where it belongs brings 1, and taking it away from there
     costs 1. An episode ends after 20 actions at the latest.
+
+    Observations: (12, 4), 1 where the thing of this column lies in the place of this
+    row. At first the places 0 to 3 are empty.
     """
 
     NUM_THINGS = 4
@@ -81,7 +87,7 @@ class Sorting(gym.Env):
         return self.things.copy(), reward, terminated, False, info
 
     def number_in_order(self):
-        return int(np.trace(self.things))
+        return int(np.trace(self.things))  # the diagonal: thing i in place i
 
     def action_mask(self):
         is_taken = self.things.any(axis=1)
@@ -107,7 +113,7 @@ def make_envs(args, seed, video=None, render_mode=None):
 
 
 class PartsAndMask(gym.Wrapper):
-    """Turns actions into rows of numbers from 0, and puts the mask before observations.
+    """Makes actions MultiDiscrete, counted from 0, and puts masks before observations.
 
     So the mask is kept with its observation in the rollout, and needs no buffer of its
     own. The critic does not see it.
@@ -195,11 +201,11 @@ class IndependentParts:
     logits: (..., all choices of all parts), sizes: the number of choices of each part.
     """
 
-    # Detail M1: independent parts. Each part of an action has logits of its own, and is
-    # drawn by itself, in the order of the parts. So there are as many logits as choices
-    # of all parts together, and not one for each combination. The probabilities of
-    # independent parts multiply. So their logarithms add up, and so do the entropies.
-    # ([Huang])
+    # Detail M1: independent parts. Each part of an action has its own logits, and is
+    # drawn without regard to the others. So 12 * 12 actions need 24 logits instead of
+    # 144. The price is that the choice in one part cannot depend on what was drawn in
+    # another, and that a mask cannot forbid a pair. The probabilities of independent
+    # parts multiply. So their logarithms add up, and so do the entropies. ([Huang])
 
     def __init__(self, logits, sizes):
         self.parts = []
@@ -261,8 +267,8 @@ class Agent(ppo.Agent):
         # masks as the rollout, or the ratio would compare two different policies.
         # ([Masks])
         #
-        # At the end of an episode there may be nothing left to do. A part without any
-        # valid choice stays unmasked.
+        # A part may have no valid choice at all, where an environment only waits or has
+        # ended. Such a part stays unmasked.
         masked_parts = []
         for part in mask.split(self.sizes, dim=-1):
             has_choice = part.any(dim=-1, keepdim=True)

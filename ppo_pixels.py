@@ -1,15 +1,17 @@
 """PPO for pictures of any kind: only what differs from ppo.py and ppo_atari.py.
 
-    pip install "gymnasium[box2d]"
-    python ppo_pixels.py --env-id my_module:MyGame-v0
-    python ppo_pixels.py --env-id my_module:MyCar-v0 --frame-stack 4
+    python ppo_pixels.py
+    python ppo_pixels.py --env-id my_module:MyGame-v0 --frame-stack 4
 
-The observations are pictures: bytes or real numbers, with the channels last or first,
-or the one picture in a Dict, whose other parts are left out. The actions are numbered.
-All flags are those of ppo.py, and one more, --frame-stack, which shows the last
-pictures together, so that the agent sees what moves. Where the pictures are large
-enough for it, the network is that of ppo_atari.py, whose details A8 and A9 hold here,
-too. By default this program plays Catch, a small game that comes with it.
+Observations may be gray or have channels, first or last, in bytes or in real numbers.
+From a Dict, its one picture is taken, and the rest is left out. The actions are
+numbered. All flags are those of ppo.py, and one more, --frame-stack, which shows the
+last pictures together, so that the agent sees what moves. By default this program plays
+Catch, a small game that comes with it.
+
+Details A8 and A9 of ppo_atari.py hold here, too, A9 for any range of values. Pictures
+of 36 pixels or more on each side get the layers of ppo_atari.py, and smaller ones get
+smaller filters.
 """
 
 # /// script
@@ -25,6 +27,8 @@ too. By default this program plays Catch, a small game that comes with it.
 #     "tqdm>=4.66,<5",
 # ]
 # ///
+
+import math
 
 import gymnasium as gym
 import numpy as np
@@ -46,9 +50,9 @@ class Catch(gym.Env):
 
     observation_space = gym.spaces.Box(0, 255, (20, 20, 1), np.uint8)
     action_space = gym.spaces.Discrete(3)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012
 
     def __init__(self, render_mode=None):
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
         self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
@@ -87,6 +91,7 @@ def make_env(args, render_mode=None):
     env = find_picture(env)
     env = channels_first(env)
     env = make_smaller(env)
+    check_size(env)
     if args.frame_stack > 1:
         channels, height, width = env.observation_space.shape
         env = gym.wrappers.FrameStackObservation(env, args.frame_stack)
@@ -106,7 +111,7 @@ def make_envs(args, seed, video=None, render_mode=None):
 
 
 def is_picture(space):
-    """Whether a space has two axes (gray), or three."""
+    """Whether a space holds pictures: (height, width), or three axes with channels."""
     return isinstance(space, gym.spaces.Box) and len(space.shape) in (2, 3)
 
 
@@ -128,19 +133,30 @@ def find_picture(env):
 
 
 def channels_first(env):
-    """Give pictures the shape (channels, height, width), which PyTorch wants."""
+    """Give pictures the shape (channels, height, width), which PyTorch wants.
+
+    If two neighboring axes are equally long, they are height and width. Otherwise the
+    shorter one of the first and the last axis is that of the channels.
+    """
     shape = env.observation_space.shape
     if len(shape) == 2:
         return gym.wrappers.ReshapeObservation(env, (1, *shape))
-    if shape[0] < shape[2]:
+    is_first = shape[0] < shape[2]
+    if (shape[0] == shape[1]) != (shape[1] == shape[2]):
+        is_first = shape[1] == shape[2]
+    if is_first:
         return env
     return transform(env, lambda obs: np.moveaxis(obs, -1, 0))
 
 
 def make_smaller(env):
-    """Average squares of pixels, so that no side is longer than LARGEST."""
+    """Average squares of pixels, so that no side is longer than LARGEST.
+
+    Rows and columns that do not fill a square are cut off.
+    """
     _, height, width = env.observation_space.shape
-    side = -(-max(height, width) // LARGEST)  # of the squares, rounded up
+    longest = max(height, width)
+    side = math.ceil(longest / LARGEST)  # of a square, in pixels
     if side == 1:
         return env
     rows = height // side
@@ -152,6 +168,16 @@ def make_smaller(env):
         return squares.mean(axis=(2, 4)).astype(obs.dtype)
 
     return transform(env, average)
+
+
+def check_size(env):
+    """Raise RunEnded if the pictures are too small for the filters."""
+    _, height, width = env.observation_space.shape
+    if min(height, width) < 5:
+        raise ppo.RunEnded(
+            f"{env.spec.id}: its pictures are {height} x {width} pixels here, and each "
+            "side needs 5"
+        )
 
 
 def transform(env, function):
@@ -171,7 +197,7 @@ class Agent(ppo_atari.Agent):
         space = envs.single_observation_space
         self.low = float(space.low.min())
         self.range = float(space.high.max()) - self.low
-        if not np.isfinite(self.range):  # nobody says what is dark and what is bright
+        if not np.isfinite(self.range):  # a space without limits: values stay
             self.low = 0.0
             self.range = 1.0
 
@@ -193,7 +219,7 @@ class Agent(ppo_atari.Agent):
 
     def scale(self, obs):
         # As in detail A9, but bytes are not the only way to draw a picture.
-        return (obs - self.low) / self.range
+        return (obs.float() - self.low) / self.range
 
 
 def add_flags(parser):
