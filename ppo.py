@@ -1051,7 +1051,8 @@ def vectorize(make_env, args, seed, autoreset_mode, video=None, render_mode=None
     except ModuleNotFoundError as error:
         raise RunEnded(
             f"--env-id {args.env_id}: {error} (Python looks beside the program, in the "
-            "folders of PYTHONPATH, and among the installed packages.)"
+            "folders of PYTHONPATH, and among the installed packages. Those may have "
+            "modules of other names, which pip show -f lists.)"
         ) from error
     except gym.error.UnregisteredEnv as error:
         raise RunEnded(f"--env-id {args.env_id}: {unknown_id(args, error)}") from error
@@ -1156,7 +1157,7 @@ def hint_for_constructor(args, index, error):
             f"{args.env_id} got the arguments {args.env_kwargs}. If it needs others: "
             "--env-kwargs"
         )
-    return ""
+    return f"It broke while {args.env_id} was being made."
 
 
 def check_render_mode(env):
@@ -1247,18 +1248,21 @@ def flatten_observations(env):
     space = env.observation_space
     if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
         return env
+    try:
+        flat = gym.wrappers.FlattenObservation(env)
+    except NotImplementedError as error:
+        raise RunEnded(
+            f"{env.spec.id}: its observations are {space}, and a part of that, such as "
+            "a text, has no fixed size that Gymnasium knows "
+            "(gym.wrappers.FilterObservation leaves it out; python ppo_pixels.py takes "
+            "only the picture, if there is one)"
+        ) from error
     if has_image(space):
         note_once(
             f"{env.spec.id} shows pictures, which are flattened here; "
             "python ppo_pixels.py looks at them as pictures"
         )
-    try:
-        return gym.wrappers.FlattenObservation(env)
-    except NotImplementedError as error:
-        raise RunEnded(
-            f"{env.spec.id}: its observations are {space}, and a part of that, such as "
-            "a text, has no fixed size that Gymnasium knows"
-        ) from error
+    return flat
 
 
 def has_image(space):
@@ -1302,13 +1306,24 @@ def check_actions(args, envs):
     actions = envs.single_action_space
     if isinstance(actions, gym.spaces.Discrete) and actions.start == 0:
         return
-    program = "ppo_multi_discrete.py"
+    advice = "a wrapper has to turn them into numbers: gym.wrappers.TransformAction"
     if isinstance(actions, gym.spaces.Box):
-        program = "ppo_continuous_action.py"
+        advice = "for these there is ppo_continuous_action.py"
+    elif has_numbered_parts(actions):
+        advice = "for these there is ppo_multi_discrete.py"
     raise RunEnded(
-        f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0 (for "
-        f"these there is {program})"
+        f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0 "
+        f"({advice})"
     )
+
+
+def has_numbered_parts(actions):
+    """Whether ppo_multi_discrete.py knows such actions."""
+    spaces = gym.spaces
+    if isinstance(actions, spaces.Tuple):
+        return all(isinstance(part, spaces.Discrete) for part in actions)
+    numbered = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+    return isinstance(actions, numbered)
 
 
 def check_flat(args, envs):
@@ -1726,6 +1741,9 @@ class Logger:
                 raise
             # Otherwise the first error is the one to show.
         if error is None:
+            has_played = self.global_step > self.args.first_step
+            if has_played and not self.last_returns:
+                self.say("note: no episode has ended in these steps")
             line = f"results: {shown(self.run_folder)}"
             if self.args.capture_video:
                 line += f" and {shown(self.video_folder)}"

@@ -125,10 +125,11 @@ class PartsAndMask(gym.Wrapper):
             message = f"{env.spec.id}: its observations are {observations}, not flat"
             raise ppo.RunEnded(message)
         num_choices = sum(self.sizes)
+        dtype = observations.dtype  # or the limits would be float64, with a warning
         self.observation_space = gym.spaces.Box(
-            np.concatenate([np.zeros(num_choices), observations.low]),
-            np.concatenate([np.ones(num_choices), observations.high]),
-            dtype=observations.dtype,
+            np.concatenate([np.zeros(num_choices, dtype), observations.low]),
+            np.concatenate([np.ones(num_choices, dtype), observations.high]),
+            dtype=dtype,
         )
 
     def reset(self, *, seed=None, options=None):
