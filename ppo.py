@@ -971,6 +971,15 @@ def check_gymnasium():
         )
 
 
+# Before Gymnasium 1.0, not even the classes below could be defined.
+if not hasattr(gym.vector, "VectorWrapper"):
+    try:
+        check_gymnasium()
+    except RunEnded as ended:
+        print(f"error: {ended}", file=sys.stderr)
+        sys.exit(ended.exit_code)
+
+
 def set_up(args):
     """Seed all random generators, set up torch, and return the device to use."""
     check_gymnasium()
@@ -1062,9 +1071,7 @@ def vectorize(make_env, args, seed, autoreset_mode, video=None, render_mode=None
         )
     except ModuleNotFoundError as error:
         raise RunEnded(
-            f"--env-id {args.env_id}: {error} (Python looks beside the program, in the "
-            "folders of PYTHONPATH, and among the installed packages. Those may have "
-            "modules of other names, which pip show -f lists.)"
+            f"--env-id {args.env_id}: {missing_module(args, error)}"
         ) from error
     except gym.error.UnregisteredEnv as error:
         raise RunEnded(f"--env-id {args.env_id}: {unknown_id(args, error)}") from error
@@ -1103,6 +1110,21 @@ class PlainArrays(gym.vector.VectorWrapper):
                 f"({self.num_envs},). PPO needs one number for each environment."
             )
         return obs, rewards, terminations, truncations, infos
+
+
+def missing_module(args, error):
+    """Say which module is missing, and where Python has looked for it."""
+    name = args.env_id.partition(":")[0].split(".")[0]
+    places = (
+        "Python looks beside the program, in the folders of PYTHONPATH, and among the "
+        "installed packages."
+    )
+    if str(error.name).split(".")[0] != name:
+        return f"{error}, which {name} imports ({places})"
+    return (
+        f"{error} ({places} Those may have modules of other names, which pip show -f "
+        "lists.)"
+    )
 
 
 def unknown_id(args, error):

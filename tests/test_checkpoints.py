@@ -183,8 +183,6 @@ def test_flags_that_conflict_with_the_run_are_refused(run, fails):
         "--num-envs 8",
         "--gamma 0.9 --total-timesteps 2048",
         "--target-kl 0.1",
-        "--checkpoint-interval 3",
-        "--capture-video",
         "--exp-name other",
     ):
         code, line = fails(f"--resume {folder} {flags}")

@@ -404,7 +404,7 @@ def test_what_it_cannot_do_gets_one_line(fails, flags, words):
 def test_ppo_names_the_program_for_continuous_actions(fails):
     code, line = fails("--env-id Pendulum-v1")
     assert code == 2
-    assert f"python {PROGRAM.name}" in line
+    assert f"there is {PROGRAM.name}" in line
 
 
 @pytest.mark.slow

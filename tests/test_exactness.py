@@ -39,15 +39,19 @@ def slow(flags):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--seed 3 --num-envs 16 --num-steps 64 --total-timesteps 8192",
-        "--seed 4 --no-gae --no-clip-vloss --no-norm-adv --total-timesteps 4096",
+        slow("--seed 3 --num-envs 16 --num-steps 64 --total-timesteps 8192"),
+        slow("--seed 4 --no-gae --no-clip-vloss --no-norm-adv --total-timesteps 4096"),
         "--seed 6 --target-kl 0.015 --learning-rate 0.002 --total-timesteps 8192",
-        "--seed 8 --num-minibatches 1 --update-epochs 10 --no-anneal-lr "
-        "--total-timesteps 4096",
+        slow(
+            "--seed 8 --num-minibatches 1 --update-epochs 10 --no-anneal-lr "
+            "--total-timesteps 4096"
+        ),
         "--seed 9 --gamma 0.9 --gae-lambda 0.8 --ent-coef 0.1 --vf-coef 1 "
         "--max-grad-norm 0.1 --clip-coef 0.1 --total-timesteps 4096",
-        "--seed 10 --env-id Acrobot-v1 --num-envs 2 --num-steps 256 "
-        "--total-timesteps 5120",
+        slow(
+            "--seed 10 --env-id Acrobot-v1 --num-envs 2 --num-steps 256 "
+            "--total-timesteps 5120"
+        ),
         "--seed 11 --env-id MountainCar-v0 --bootstrap-truncation "
         "--total-timesteps 3072",
         "--seed 12 --env-id FrozenLake-v1 --total-timesteps 3072",

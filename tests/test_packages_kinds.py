@@ -1,8 +1,13 @@
 """Small environments of the kinds that published packages bring."""
 
+import os
+import subprocess
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import ROOT
 from environments import Corridor, Mission, Toy
 
 import ppo_multi_discrete
@@ -69,3 +74,38 @@ def test_limits_of_float32_are_joined_to_the_mask_without_a_warning(recwarn):
     space = gym.spaces.Box(-0.1, 0.1, (2,), np.float32)
     ppo_multi_discrete.PartsAndMask(Toy(observation_space=space), use_masks=True)
     assert not [warning for warning in recwarn if "precision" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ("import no_such_engine", "'no_such_engine', which its_game imports (Python"),
+        (None, "pip show -f"),
+    ],
+)
+def test_a_module_is_missing_or_one_that_it_imports(
+    lines, words, fails, workdir, monkeypatch
+):
+    monkeypatch.syspath_prepend(workdir)
+    if lines:
+        (workdir / "its_game.py").write_text(lines)
+    code, line = fails("--env-id its_game:Game-v0", leaves_files=True)
+    assert code == 2
+    assert words in line
+
+
+@pytest.mark.parametrize("program", ["ppo", "ppo_memory", "evaluate"])
+def test_a_gymnasium_before_version_1_gets_one_line(program):
+    code = (
+        "import gymnasium as gym; gym.__version__ = '0.29.1'; "
+        f"del gym.vector.VectorWrapper; import {program}"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: Gymnasium 0.29.1 is installed, and 1.4 or later")

@@ -38,7 +38,10 @@ import ppo
     "flags",
     [
         "--env-id CartPole-v1 --total-timesteps 2048",
-        "--env-id Acrobot-v1 --total-timesteps 4096 --bootstrap-truncation",
+        pytest.param(
+            "--env-id Acrobot-v1 --total-timesteps 4096 --bootstrap-truncation",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_async_trains_as_sync_does_to_the_last_bit(flags, run):
