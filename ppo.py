@@ -70,7 +70,6 @@ import argparse
 import collections
 import contextlib
 import errno
-import functools
 import hashlib
 import importlib
 import io
@@ -729,10 +728,14 @@ def note(text):
         print(f"note: {text}")
 
 
-@functools.cache
+NOTED = set()  # what note_once() has printed
+
+
 def note_once(text):
     """Print a remark, unless this process has printed it before."""
-    note(text)
+    if text not in NOTED:
+        NOTED.add(text)
+        note(text)
 
 
 # Settings
