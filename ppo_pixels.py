@@ -91,7 +91,6 @@ def make_env(args, render_mode=None):
     env = find_picture(env)
     env = channels_first(env)
     env = make_smaller(env)
-    check_size(env)
     if args.frame_stack > 1:
         channels, height, width = env.observation_space.shape
         env = gym.wrappers.FrameStackObservation(env, args.frame_stack)
@@ -170,16 +169,6 @@ def make_smaller(env):
     return transform(env, average)
 
 
-def check_size(env):
-    """Raise RunEnded if the pictures are too small for the filters."""
-    _, height, width = env.observation_space.shape
-    if min(height, width) < 5:
-        raise ppo.RunEnded(
-            f"{env.spec.id}: its pictures are {height} x {width} pixels here, and each "
-            "side needs 5"
-        )
-
-
 def transform(env, function):
     """Apply a function to all observations, and to the limits of their space."""
     space = env.observation_space
@@ -202,17 +191,22 @@ class Agent(ppo_atari.Agent):
             self.range = 1.0
 
     def make_convolutions(self, shape):
-        # The large filters of ppo_atari.py need pictures of 36 pixels or more. In
-        # smaller ones each pixel matters, so the filters are small.
+        # The large filters of ppo_atari.py need pictures of 36 pixels or more. They
+        # reach the last row and column only of some sizes, such as 36, 44 and 84. So
+        # others get a margin.
         channels, height, width = shape
         if min(height, width) >= 36:
-            return super().make_convolutions(shape)
+            margin = nn.ZeroPad2d((0, (36 - width) % 8, 0, (36 - height) % 8))
+            return nn.Sequential(margin, *super().make_convolutions(shape))
+
+        # In smaller pictures each pixel matters, so the filters are small, and padding
+        # lets them see the borders.
         return nn.Sequential(
-            layer_init(nn.Conv2d(channels, 16, kernel_size=2)),
+            layer_init(nn.Conv2d(channels, 16, kernel_size=3, padding=1)),
             nn.ReLU(),
-            layer_init(nn.Conv2d(16, 32, kernel_size=2, stride=2)),
+            layer_init(nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1)),
             nn.ReLU(),
-            layer_init(nn.Conv2d(32, 64, kernel_size=2, stride=2)),
+            layer_init(nn.Conv2d(32, 64, kernel_size=3, stride=2, padding=1)),
             nn.ReLU(),
             nn.Flatten(),
         )

@@ -104,9 +104,23 @@ def test_every_size_fits_and_large_pictures_are_averaged(size):
     agent = Agent(envs)
     obs, _ = envs.reset(seed=1)
     assert agent.get_value(torch.as_tensor(obs)).shape == (2,)
-    assert agent.network[0].kernel_size == (
-        (8, 8) if min(pixels.shape[2:]) >= 36 else (2, 2)
-    )
+    kinds = [layer for layer in agent.network if isinstance(layer, torch.nn.Conv2d)]
+    side = 8 if min(pixels.shape[2:]) >= 36 else 3
+    assert kinds[0].kernel_size == (side, side)
+
+
+@pytest.mark.parametrize(
+    "size", [(5, 5), (10, 11), (20, 20), (35, 40), (36, 41), (64, 96)]
+)
+def test_every_pixel_up_to_the_borders_is_seen(size):
+    space = gym.spaces.Box(0, 1, (1, *size))
+    agent = Agent(environments(space, np.zeros(space.shape, np.float32)))
+    picture = torch.rand(1, 1, *size, requires_grad=True)
+    agent.network[:-2](picture).sum().backward()  # the features, before the last layers
+    for border in (picture.grad[..., 0, :], picture.grad[..., -1, :]):
+        assert border.any()
+    for border in (picture.grad[..., :, 0], picture.grad[..., :, -1]):
+        assert border.any()
 
 
 def test_large_pictures_have_the_network_of_atari():
@@ -179,3 +193,11 @@ def test_what_is_no_picture_is_one_line(program, fails):
 def test_the_plain_program_says_that_it_flattens_pictures(run):
     out = run("--env-id Catch-v0 --num-steps 16 --total-timesteps 64").out
     assert out.count("ppo_pixels.py looks at them as pictures") == 1
+
+
+@pytest.mark.slow
+def test_a_picture_of_bytes_is_learned(train):
+    flags = "--env-id PlainDot-v0 --learning-rate 0.001 --total-timesteps 30000"
+    returns = [episodic_return for _, episodic_return, _ in train(flags).episodes]
+    assert np.mean(returns[:50]) < 6  # of 16; chance is 4
+    assert np.mean(returns[-50:]) > 12

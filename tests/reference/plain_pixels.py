@@ -151,19 +151,27 @@ class Agent(nn.Module):
             nn.init.constant_(module.bias, 0.0)
             return module
 
-        if min(height, width) >= 36:
-            kinds = [(32, 8, 4), (64, 4, 2), (64, 3, 1)]
-        else:
-            kinds = [(16, 2, 1), (32, 2, 2), (64, 2, 2)]
+        # Filters, size, stride and padding of each layer. A margin of zeros below and
+        # to the right lets the large ones end exactly at the last pixel.
         layers = []
-        for filters, kernel, stride in kinds:
-            layers.append(
-                layer(nn.Conv2d(channels, filters, kernel_size=kernel, stride=stride))
+        if min(height, width) >= 36:
+            below = -(height - 36) % 8
+            right = -(width - 36) % 8
+            layers.append(nn.ZeroPad2d((0, right, 0, below)))
+            height += below
+            width += right
+            kinds = [(32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0)]
+        else:
+            kinds = [(16, 3, 1, 1), (32, 3, 2, 1), (64, 3, 2, 1)]
+        for filters, kernel, stride, padding in kinds:
+            convolution = nn.Conv2d(
+                channels, filters, kernel, stride=stride, padding=padding
             )
+            layers.append(layer(convolution))
             layers.append(nn.ReLU())
             channels = filters
-            height = (height - kernel) // stride + 1
-            width = (width - kernel) // stride + 1
+            height = (height + 2 * padding - kernel) // stride + 1
+            width = (width + 2 * padding - kernel) // stride + 1
         layers.append(nn.Flatten())
         layers.append(layer(nn.Linear(channels * height * width, 512)))
         layers.append(nn.ReLU())
