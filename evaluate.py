@@ -70,9 +70,8 @@ def load_program(path, name):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
-    if hasattr(
-        program, "RunEnded"
-    ):  # a copy of ppo.py, which is to raise what we catch
+    # A copy of ppo.py is to raise what main() catches.
+    if hasattr(program, "RunEnded"):
         program.RunEnded = ppo.RunEnded
     return program
 
