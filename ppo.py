@@ -988,8 +988,6 @@ def set_up(args):
     check_gymnasium()
     seed_generators(args.seed + args.rank)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic CUDA
-    # Without it, the library that draws prints an error that looks like ours.
-    os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
     torch.set_num_threads(args.num_threads)
     if args.cuda and torch.cuda.is_available():
@@ -1207,6 +1205,8 @@ def make_thunk(make_env, args, seed, index, video, render_mode):
             env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
         if video:
             check_render_mode(env)
+            # Without it, the library that draws prints an error that looks like ours.
+            os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
             env = gym.wrappers.RecordVideo(env, **video)
         if in_worker:
             env = ErrorsAsText(env)
