@@ -81,12 +81,8 @@ def make_envs(args, seed, video=None, render_mode=None):
     envs = wrappers.NormalizeObservation(envs)
     envs.obs_rms = obs_statistics = Statistics(envs.obs_rms)
 
-    # Detail C8: scaled rewards. A critic has trouble with returns in the thousands, so
-    # rewards are divided by the deviation of their discounted sum so far. Their mean is
-    # not subtracted, because then it would pay to end episodes early, or late.
-    # ([VecNormalize]; Engstrom et al. 2020, arXiv:2005.12729, found that it matters.)
-    envs = wrappers.NormalizeReward(envs, gamma=args.gamma)
-    envs.return_rms = return_statistics = Statistics(envs.return_rms)
+    return_statistics = Statistics(gym.wrappers.utils.RunningMeanStd())
+    envs = ScaleRewards(envs, return_statistics, args.gamma)
 
     # Detail C7: clipped observations, and Detail C9: clipped rewards. Outliers are
     # common while the statistics are young, and must not upset the networks.
@@ -131,10 +127,48 @@ def scale_of_actions(low, high):
     return middle.astype(dtype), scale.astype(dtype)
 
 
+class ScaleRewards(gym.vector.VectorWrapper):
+    """Divides the rewards, so that discounted returns have a deviation of about 1.
+
+    ``statistics`` are those of the discounted sums of rewards. Gymnasium has a wrapper
+    for this, too, NormalizeReward. But where steps only reset, it carries a part of an
+    episode's sum into the next episode, and so makes rewards of short episodes too
+    small.
+    """
+
+    def __init__(self, envs, statistics, gamma):
+        super().__init__(envs)
+        self.gamma = gamma
+        self.statistics = statistics
+
+    def reset(self, **options):
+        self.sums = np.zeros(self.num_envs)
+        self.was_done = np.zeros(self.num_envs, bool)
+        return self.env.reset(**options)
+
+    def step(self, actions):
+        obs, rewards, terminations, truncations, infos = self.env.step(actions)
+
+        # Detail C8: scaled rewards. A critic has trouble with returns in the thousands,
+        # so rewards are divided by the deviation of their discounted sum so far. Their
+        # mean is not subtracted, because then it would pay to end episodes early, or
+        # late. The sum begins anew with each episode. ([VecNormalize]; Engstrom et al.
+        # 2020, arXiv:2005.12729, found that it matters.)
+        self.sums = self.gamma * self.sums + rewards
+        has_played = ~self.was_done  # the others have only begun an episode
+        if has_played.any():
+            self.statistics.update(self.sums[has_played])
+        self.was_done = terminations | truncations
+        self.sums[self.was_done] = 0.0
+
+        rewards = rewards / np.sqrt(self.statistics.var + 1e-8)
+        return obs, rewards, terminations, truncations, infos
+
+
 class Statistics(nn.Module):
     """Running mean and variance, of which both the environments and the agent know.
 
-    It takes the place of a wrapper's RunningMeanStd, ``rms``. As a part of the agent it
+    It keeps them in a RunningMeanStd of Gymnasium, ``rms``. As a part of the agent it
     is saved with it, and eval() freezes it.
     """
 

@@ -196,11 +196,12 @@ def test_statistics_are_of_all_observations_and_discounted_sums_of_rewards(train
     sums = []
     for notes in NOTES.values():
         total = 0.0
-        for action, obs, reward, terminated, _ in notes:
+        for action, obs, reward, *_ in notes:
             raw.append(obs)
-            if action is not None:
-                # As in Gymnasium, an episode's last reward begins the next sum.
-                total = total * 0.9 * (not terminated) + reward
+            if action is None:  # a reset
+                total = 0.0
+            else:
+                total = 0.9 * total + reward
                 sums.append(total)
 
     of_obs, of_returns = agent.statistics
@@ -211,6 +212,36 @@ def test_statistics_are_of_all_observations_and_discounted_sums_of_rewards(train
     np.testing.assert_allclose(of_obs.mean, np.mean(raw, axis=0), rtol=1e-4)
     np.testing.assert_allclose(of_obs.var, np.var(raw, axis=0), rtol=0.1)
     np.testing.assert_allclose(of_returns.var, np.var(sums), rtol=1e-3)
+
+
+class TenSteps(gym.Env):
+    """Each step brings 1, and a time limit ends the episode after ten."""
+
+    observation_space = gym.spaces.Box(0, 10, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs = np.full(1, self.steps, np.float32)
+        return obs, 1.0, False, self.steps == 10, {}
+
+
+gym.register("TenSteps-v0", TenSteps)
+
+
+def test_an_episode_s_rewards_do_not_change_the_scale_of_the_next_one_s():
+    envs = environments("--env-id TenSteps-v0 --num-envs 2")
+    envs.reset(seed=1)
+    for _ in range(20 * 11):  # with the steps that only reset
+        envs.step(envs.action_space.sample())
+    _, of_returns = envs.statistics
+    sums = [(1 - 0.99**n) / (1 - 0.99) for n in range(1, 11)]
+    assert np.sqrt(of_returns.var) == pytest.approx(np.std(sums), rel=1e-3)
 
 
 def test_the_agent_sees_normalized_observations_and_rewards_of_order_one():
@@ -240,6 +271,7 @@ def test_outliers_are_clipped_to_ten():
         envs.step(envs.action_space.sample())
     for kind in envs.statistics:
         kind.rms.var = kind.rms.var / 1e6
+        kind.eval()  # or it would take in the next step, too
     obs, reward, *_ = envs.step(envs.action_space.sample())
     assert np.abs(obs).max() == 10
     assert np.abs(reward).max() == 10

@@ -103,11 +103,11 @@ def train(args):
     rewards = torch.zeros(shape)
     dones = torch.zeros(shape)
 
-    # Both begin as float32 because Gymnasium's do.
+    # These begin as float32 because Gymnasium's do.
     obs_statistics = Statistics(obs_dim, np.float32)
-    discounted = np.zeros(args.num_envs, np.float32)
 
     return_statistics = Statistics()
+    discounted = np.zeros(args.num_envs)
     episodic_return = np.zeros(args.num_envs)
     episodic_length = np.zeros(args.num_envs, int)
 
@@ -161,14 +161,13 @@ def train(args):
                     )
             next_obs = normalize(np.array(raw_obs))
 
-            # As in Gymnasium, the last reward of an episode that a time limit has cut
-            # off begins the next one's sum.
+            # The discounted sum of an episode's rewards ends with the episode.
             played = ~was_done
             for i in np.flatnonzero(played):
-                sum_so_far = discounted[i] * args.gamma * (1 - terminations[i])
-                discounted[i] = sum_so_far + raw_rewards[i]
+                discounted[i] = args.gamma * discounted[i] + raw_rewards[i]
             if played.any():
                 return_statistics.update(discounted[played])
+            discounted[next_done] = 0
             scaled = raw_rewards / np.sqrt(return_statistics.var + 1e-8)
             rewards[step] = torch.Tensor(np.clip(scaled, -10, 10))
 
