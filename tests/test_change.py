@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import CLOCK, ROOT, new_folder, scalars
 from environments import Corridor
+from torch.distributions import Categorical
 
 import ppo
 
@@ -163,6 +164,27 @@ def test_an_extra_reward(change, run):
     assert returns == lengths != []  # those of CartPole, without the extra
 
 
+def test_an_agent_in_float64(run):
+    text = (ROOT / "ppo.py").read_text()
+    assert text.count("obs.float()") == 2  # the two places that the page speaks of
+
+    class Agent(ppo.Agent):
+        def __init__(self, envs):
+            super().__init__(envs)
+            self.double()
+
+        def get_value(self, obs):
+            return self.critic(obs.double()).squeeze(-1)
+
+        def get_policy(self, obs):
+            return Categorical(logits=self.actor(obs.double()))
+
+    result = run("--total-timesteps 1024", Agent=Agent)
+    saved = ppo.load_checkpoint(result.folder)["agent"]
+    assert saved["actor.0.weight"].dtype == torch.float64
+    assert not saved["actor.0.bias"].equal(torch.zeros(64, dtype=torch.float64))
+
+
 def test_a_wrapper(shell, capsys):
     heading = "A wrapper around an environment"
     save_files(heading)
@@ -204,9 +226,9 @@ def test_a_table(shell, capsys):
         shell(train.replace("$seed", seed).replace("$rate", rate))
     capsys.readouterr()
     shell(table)
-    first, second = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"0\.00025 +\d\d\.\d\d  2 seeds", first)
-    assert re.fullmatch(r"0\.0025 +\d\d\.\d\d  1 seeds", second)
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"0\.00025 +\d\d\.\d+ +\d+\.\d+ +2", first)
+    assert re.fullmatch(r"0\.00250 +\d\d\.\d+ +NaN +1", second)
 
 
 @pytest.mark.slow
@@ -230,8 +252,8 @@ def test_an_agent_in_a_session_and_its_actor_alone(run):
         "An agent in a Python session",
         "The actor alone, for another program",
     ):
-        (text,) = blocks(heading, "python")
-        exec(text, names)
+        for text in blocks(heading, "python"):
+            exec(text, names)
     assert names["total"] == 200
     assert names["agent"].actor[0].weight.equal(trained.actor[0].weight)
 
@@ -239,6 +261,9 @@ def test_an_agent_in_a_session_and_its_actor_alone(run):
     expected = trained.actor(obs)
     torch.testing.assert_close(names["actor"](obs), expected)
     assert names["action"].shape == (1,)
+    (onnx_logits,) = names["session"].run(None, {names["name"]: obs.numpy()})
+    np.testing.assert_allclose(onnx_logits, expected.detach(), atol=1e-5)
+    assert names["onnx_logits"].shape == (1, 2)
 
 
 def test_many_runs(session, capsys):
@@ -253,5 +278,5 @@ def test_many_runs(session, capsys):
 def test_every_piece_is_run():
     """A new piece needs a test here; this says how many there are."""
     assert len(SECTIONS) == 12
-    assert len(re.findall(r"^```\w+$", PAGE, re.MULTILINE)) == 16
+    assert len(re.findall(r"^```\w+$", PAGE, re.MULTILINE)) == 17
     assert max(map(len, PAGE.splitlines())) < 100
