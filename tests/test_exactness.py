@@ -41,7 +41,7 @@ def slow(flags):
     [
         slow("--seed 3 --num-envs 16 --num-steps 64 --total-timesteps 8192"),
         slow("--seed 4 --no-gae --no-clip-vloss --no-norm-adv --total-timesteps 4096"),
-        "--seed 6 --target-kl 0.015 --learning-rate 0.002 --total-timesteps 8192",
+        "--seed 6 --target-kl 0.015 --learning-rate 0.002 --total-timesteps 4096",
         slow(
             "--seed 8 --num-minibatches 1 --update-epochs 10 --no-anneal-lr "
             "--total-timesteps 4096"
@@ -57,14 +57,14 @@ def slow(flags):
         "--seed 12 --env-id FrozenLake-v1 --total-timesteps 3072",
         slow(
             "--seed 7 --bootstrap-truncation --learning-rate 0.001 "
-            "--total-timesteps 20000"
+            "--total-timesteps 8000"
         ),
-        slow("--seed 13 --total-timesteps 50000"),
-        slow("--seed 14 --env-id Acrobot-v1 --total-timesteps 30000"),
+        slow("--seed 13 --total-timesteps 15000"),
+        slow("--seed 14 --env-id Acrobot-v1 --total-timesteps 10000"),
         slow(
             "--seed 15 --num-envs 16 --num-steps 64 --num-minibatches 8 "
             "--update-epochs 10 --learning-rate 0.001 --clip-coef 0.1 "
-            "--target-kl 0.05 --total-timesteps 30000"
+            "--target-kl 0.05 --total-timesteps 15000"
         ),
     ],
 )

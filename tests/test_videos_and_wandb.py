@@ -17,6 +17,9 @@ from conftest import (
 
 import ppo
 
+# One process runs all tests of this file, so that they share this run.
+pytestmark = pytest.mark.xdist_group("tracked")
+
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
