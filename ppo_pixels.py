@@ -200,7 +200,10 @@ class Agent(ppo_atari.Agent):
             return nn.Sequential(margin, *super().make_convolutions(shape))
 
         # In smaller pictures each pixel matters, so the filters are small, and padding
-        # lets them see the borders.
+        # lets them see the borders. Some use only the lowest values of their range, as
+        # MiniGrid's, from 0 to 10 of 255. The normalization over all channels and
+        # places brings what is seen in them to the size of what is seen in others.
+        # (Ba et al. 2016, arXiv:1607.06450)
         return nn.Sequential(
             layer_init(nn.Conv2d(channels, 16, kernel_size=3, padding=1)),
             nn.ReLU(),
@@ -208,6 +211,7 @@ class Agent(ppo_atari.Agent):
             nn.ReLU(),
             layer_init(nn.Conv2d(32, 64, kernel_size=3, stride=2, padding=1)),
             nn.ReLU(),
+            nn.GroupNorm(num_groups=1, num_channels=64),
             nn.Flatten(),
         )
 

@@ -116,11 +116,24 @@ def test_every_pixel_up_to_the_borders_is_seen(size):
     space = gym.spaces.Box(0, 1, (1, *size))
     agent = Agent(environments(space, np.zeros(space.shape, np.float32)))
     picture = torch.rand(1, 1, *size, requires_grad=True)
-    agent.network[:-2](picture).sum().backward()  # the features, before the last layers
+    features = agent.network[:-2](picture)  # before the last layers
+    (features * torch.rand_like(features)).sum().backward()
     for border in (picture.grad[..., 0, :], picture.grad[..., -1, :]):
         assert border.any()
     for border in (picture.grad[..., :, 0], picture.grad[..., :, -1]):
         assert border.any()
+
+
+def test_small_pictures_that_use_the_lowest_values_only_are_seen_as_well():
+    """Those of MiniGrid go from 0 to 10, though their range ends at 255."""
+    space = gym.spaces.Box(0, 255, (3, 7, 7), np.uint8)
+    agent = Agent(environments(space, np.zeros(space.shape, np.uint8)))
+    picture = torch.randint(0, 11, (1, 3, 7, 7), dtype=torch.uint8)
+    with torch.no_grad():
+        low = agent.see(picture)
+        high = agent.see(25 * picture)
+    torch.testing.assert_close(low, high, rtol=0.2, atol=0.05)
+    assert high.std() > 0.1
 
 
 def test_large_pictures_have_the_network_of_atari():

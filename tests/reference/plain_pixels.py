@@ -172,6 +172,8 @@ class Agent(nn.Module):
             channels = filters
             height = (height + 2 * padding - kernel) // stride + 1
             width = (width + 2 * padding - kernel) // stride + 1
+        if kinds[0][0] == 16:  # the small ones
+            layers.append(nn.GroupNorm(1, channels))
         layers.append(nn.Flatten())
         layers.append(layer(nn.Linear(channels * height * width, 512)))
         layers.append(nn.ReLU())
