@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from conftest import (
     same_parameters,
     saved_step,
     scalars,
+    start,
     torchrun,
 )
 from driver import KeepingAgent, flat
@@ -399,3 +401,36 @@ def stop_torchrun(flags, number):
     assert not left_behind(process)
     assert "to go on" in result.out, result.err
     return int(re.search(r"stopped at step (\d+)", result.out)[1])
+
+
+# The recipe of docs/scaling.md
+
+
+@pytest.mark.slow
+def test_envpool_s_environments_train_and_resume(workdir, monkeypatch):
+    pytest.importorskip("envpool")  # .ci/run installs it before it runs this
+    page = (ROOT / "docs/scaling.md").read_text()
+    section = page.split("## EnvPool\n")[1].split("\n## ")[0]
+    files = re.findall(r"^```python\n# (\S+)\n(.*?)^```$", section, re.M | re.S)
+    assert [name for name, _ in files] == ["my_envpool.py", "my_atari.py"]
+    for name, text in files:
+        Path(name).write_text(text)
+    commands = re.findall(r"^python (\S+) (.*)$", section, re.MULTILINE)
+    path = os.pathsep.join([str(ROOT), str(workdir)])
+
+    def train(program, flags, steps):
+        program = ROOT / program if program == "ppo.py" else program
+        flags = [*shlex.split(flags), "--total-timesteps", steps]
+        result = finish(start(program, *flags, PYTHONPATH=path))
+        assert result.code == 0, result.err
+        return result
+
+    program, flags = commands[0]
+    first = train(program, flags, 40_000)
+    returns = [episodic_return for _, episodic_return, _ in first.episodes]
+    assert np.mean(returns[-100:]) > 2 * np.mean(returns[:100])
+    resumed = train(program, "--resume", 60_000)
+    assert "note: the environments begin new episodes" in resumed.out
+    assert resumed.episodes[0][0] > first.episodes[-1][0]
+    for program, flags in commands[1:]:
+        train(program, flags, 2048)
