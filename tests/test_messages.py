@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, scalars
-from environments import Corridor, Counting, Toy
+from environments import Counting, ThreeSteps, Toy, register
 
 import evaluate
 import ppo
@@ -22,19 +22,6 @@ import ppo_continuous_action
 
 SHORT = "--num-steps 16 --total-timesteps 64"  # one update
 ODD = f"--env-id Odd-v0 {SHORT}"
-
-
-def register(entry_point, **options):
-    """Make it the environment Odd-v0 of a test."""
-    gym.registry.pop("Odd-v0", None)
-    gym.register("Odd-v0", entry_point, **options)
-
-
-class ThreeSteps(Corridor):
-    """Episodes of three steps with a reward of 1 each."""
-
-    def __init__(self, render_mode=None):
-        super().__init__(end=3, render_mode=render_mode)
 
 
 def lengths(result):

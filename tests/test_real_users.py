@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from environments import Corridor, Counting
+from environments import Counting, ThreeSteps, register
 
 import evaluate
 import ppo
@@ -18,19 +18,6 @@ import ppo_atari
 import ppo_continuous_action
 
 SHORT = "--env-id Odd-v0 --num-steps 16 --total-timesteps 64"  # one update
-
-
-def register(entry_point, **options):
-    """Make it the environment Odd-v0 of a test."""
-    gym.registry.pop("Odd-v0", None)
-    gym.register("Odd-v0", entry_point, **options)
-
-
-class ThreeSteps(Corridor):
-    """Episodes of three steps with a reward of 1 each."""
-
-    def __init__(self, render_mode=None):
-        super().__init__(end=3, render_mode=render_mode)
 
 
 # Spaces

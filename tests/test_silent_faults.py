@@ -30,7 +30,7 @@ from conftest import (
     scalars,
     start,
 )
-from environments import Corridor, Counting
+from environments import Counting, ThreeSteps, register
 
 import evaluate
 import ppo
@@ -43,17 +43,6 @@ CONTINUOUS = {
     "Agent": ppo_continuous_action.Agent,
     **ppo_continuous_action.DEFAULTS,
 }
-
-
-def register(entry_point, **options):
-    """Make it the environment Odd-v0 of a test."""
-    gym.registry.pop("Odd-v0", None)
-    gym.register("Odd-v0", entry_point, **options)
-
-
-class ThreeSteps(Corridor):
-    def __init__(self, render_mode=None):
-        super().__init__(end=3, render_mode=render_mode)
 
 
 def notes(run):

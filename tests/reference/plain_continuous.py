@@ -17,6 +17,7 @@ from torch.distributions import Normal
 
 import ppo
 from ppo_continuous_action import DEFAULTS
+from tests.reference.common import advantages_and_returns, gradient_step
 
 
 class Agent(nn.Module):
@@ -178,26 +179,13 @@ def train(args):
             all_values = agent.critic(all_obs).reshape(-1, args.num_envs)
         values = all_values[:-1]
         next_value = all_values[-1]
-        advantages = torch.zeros_like(rewards)
-        last = 0
-        for t in reversed(range(args.num_steps)):
-            if t == args.num_steps - 1:
-                nonterminal = 1.0 - torch.Tensor(next_done)
-                following = next_value
-            else:
-                nonterminal = 1.0 - dones[t + 1]
-                following = values[t + 1]
-            delta = rewards[t] + args.gamma * following * nonterminal - values[t]
-            last = delta + args.gamma * args.gae_lambda * nonterminal * last
-            advantages[t] = last
-        returns = advantages + values
+        advantages, returns = advantages_and_returns(
+            args, rewards, dones, values, torch.Tensor(next_done), next_value
+        )
 
         b_obs = obs.reshape(-1, obs_dim)
         b_actions = actions.reshape(-1, action_dim)
-        b_logprobs = logprobs.reshape(-1)
-        b_advantages = advantages.reshape(-1)
-        b_returns = returns.reshape(-1)
-        b_values = values.reshape(-1)
+        b_old = [kind.reshape(-1) for kind in (logprobs, advantages, returns, values)]
 
         # The steps that only reset are not learned from.
         b_dones = dones.reshape(-1)
@@ -208,31 +196,9 @@ def train(args):
                 _, newlogprob, entropy, newvalue = agent.get_action_and_value(
                     b_obs[mb_inds], b_actions[mb_inds]
                 )
-                ratio = (newlogprob - b_logprobs[mb_inds]).exp()
-
-                mb_advantages = b_advantages[mb_inds]
-                mb_advantages = mb_advantages - mb_advantages.mean()
-                mb_advantages = mb_advantages / (b_advantages[mb_inds].std() + 1e-8)
-
-                loss1 = -mb_advantages * ratio
-                clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                loss2 = -mb_advantages * clipped_ratio
-                pg_loss = torch.max(loss1, loss2).mean()
-
-                newvalue = newvalue.view(-1)
-                unclipped = (newvalue - b_returns[mb_inds]) ** 2
-                change = newvalue - b_values[mb_inds]
-                change = change.clamp(-args.clip_coef, args.clip_coef)
-                clipped = (b_values[mb_inds] + change - b_returns[mb_inds]) ** 2
-                v_loss = 0.5 * torch.max(unclipped, clipped).mean()
-
-                entropy_loss = entropy.mean()
-                loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
-
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
+                new = newlogprob, entropy, newvalue
+                old = [kind[mb_inds] for kind in b_old]
+                gradient_step(args, agent, optimizer, new, old)
 
     return agent, obs_statistics, return_statistics
 

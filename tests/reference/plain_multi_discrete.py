@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch.distributions import Categorical
 
 import ppo
+from tests.reference.common import advantages_and_returns, gradient_step
 
 DEFAULTS = {}  # those of ppo.py
 
@@ -192,28 +193,14 @@ def train(args):
         values = all_values[:-1]
         next_value = all_values[-1]
 
-        gae_lambda = args.gae_lambda if args.gae else 1.0
-        advantages = torch.zeros_like(rewards)
-        last = 0
-        for t in reversed(range(args.num_steps)):
-            if t == args.num_steps - 1:
-                nonterminal = 1.0 - next_done
-                following = next_value
-            else:
-                nonterminal = 1.0 - dones[t + 1]
-                following = values[t + 1]
-            delta = rewards[t] + args.gamma * following * nonterminal - values[t]
-            last = delta + args.gamma * gae_lambda * nonterminal * last
-            advantages[t] = last
-        returns = advantages + values
+        advantages, returns = advantages_and_returns(
+            args, rewards, dones, values, next_done, next_value
+        )
 
         b_obs = obs.reshape(-1, obs_dim)
         b_masks = masks.reshape(-1, sum(sizes))
         b_actions = actions.reshape(-1, len(sizes))
-        b_logprobs = logprobs.reshape(-1)
-        b_advantages = advantages.reshape(-1)
-        b_returns = returns.reshape(-1)
-        b_values = values.reshape(-1)
+        b_old = [kind.reshape(-1) for kind in (logprobs, advantages, returns, values)]
         b_inds = np.arange(args.batch_size)
         for _ in range(args.update_epochs):
             np.random.shuffle(b_inds)
@@ -223,37 +210,9 @@ def train(args):
                 )
                 newvalue = agent.critic(b_obs[mb_inds]).view(-1)
 
-                logratio = newlogprob - b_logprobs[mb_inds]
-                ratio = logratio.exp()
-                with torch.no_grad():
-                    approx_kl = ((ratio - 1) - logratio).mean()
-
-                mb_advantages = b_advantages[mb_inds]
-                if args.norm_adv:
-                    mb_advantages = mb_advantages - mb_advantages.mean()
-                    mb_advantages = mb_advantages / (b_advantages[mb_inds].std() + 1e-8)
-
-                loss1 = -mb_advantages * ratio
-                clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                loss2 = -mb_advantages * clipped_ratio
-                pg_loss = torch.max(loss1, loss2).mean()
-
-                v_loss = (newvalue - b_returns[mb_inds]) ** 2
-                if args.clip_vloss:
-                    change = newvalue - b_values[mb_inds]
-                    change = change.clamp(-args.clip_coef, args.clip_coef)
-                    v_clipped = b_values[mb_inds] + change
-                    clipped = (v_clipped - b_returns[mb_inds]) ** 2
-                    v_loss = torch.max(v_loss, clipped)
-                v_loss = 0.5 * v_loss.mean()
-
-                entropy_loss = entropy.mean()
-                loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
-
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
+                new = newlogprob, entropy, newvalue
+                old = [kind[mb_inds] for kind in b_old]
+                approx_kl = gradient_step(args, agent, optimizer, new, old)
 
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
