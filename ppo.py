@@ -29,9 +29,9 @@ class that is not imported is in part two, which is the run: the types of flags,
 processes, signals, torchrun, logs and checkpoints. You may stop before it.
 
 Eleven implementation details belong to PPO as most people use it. Some of them are the
-algorithm (1, 5, 6, 8, 10), and the others are choices of its original code. Two more
-(12 and 13) show what happens, and keep it simple. Each is explained where it happens,
-with its source. Search for "Detail 5:", for example.
+algorithm (1, 5, 6, 8, 10), and the others are choices of its original code. There are
+two more: 12 shows what happens, and 13 keeps it simple. Each is explained where it
+happens, with its source. Search for "Detail 5:", for example.
 
     1. vectorized environments            8. clipped policy objective
     2. orthogonal initialization          9. clipped value loss

@@ -76,10 +76,11 @@ def make_envs(args, seed, video=None, render_mode=None):
     # Detail C6: normalized observations. Positions, angles and speeds have scales of
     # their own, but networks learn best from inputs with mean 0 and deviation 1. Both
     # are taken over all observations so far. ([VecNormalize]; [Study] recommends it.)
-    # Under torchrun each process has statistics of its own, and those of the first one
-    # are saved.
+    # Under torchrun each process has statistics of its own. Those of the first one are
+    # saved, and with them all processes of a resumed run go on.
     envs = wrappers.NormalizeObservation(envs)
-    envs.obs_rms = obs_statistics = Statistics(envs.obs_rms)
+    obs_statistics = Statistics(envs.obs_rms)
+    envs.obs_rms = obs_statistics  # which the wrapper updates from now on
 
     return_statistics = Statistics(gym.wrappers.utils.RunningMeanStd())
     envs = ScaleRewards(envs, return_statistics, args.gamma)
@@ -90,6 +91,7 @@ def make_envs(args, seed, video=None, render_mode=None):
     envs = wrappers.TransformObservation(envs, lambda obs: np.clip(obs, -10, 10))
     envs = wrappers.TransformReward(envs, lambda rewards: np.clip(rewards, -10, 10))
 
+    # Agent takes them from here.
     envs.statistics = nn.ModuleList([obs_statistics, return_statistics])
     return envs
 
@@ -128,12 +130,12 @@ def scale_of_actions(low, high):
 
 
 class ScaleRewards(gym.vector.VectorWrapper):
-    """Divides the rewards, so that discounted returns have a deviation of about 1.
+    """Divides the rewards, so that returns have a standard deviation of about 1.
 
-    ``statistics`` are those of the discounted sums of rewards. Gymnasium has a wrapper
-    for this, too, NormalizeReward. But where steps only reset, it carries a part of an
-    episode's sum into the next episode, and so makes rewards of short episodes too
-    small.
+    ``statistics`` are those of the sums in detail C8. Gymnasium has a wrapper for this,
+    too, NormalizeReward. But in NEXT_STEP mode it does not clear the sum between
+    episodes: after a time limit all of it goes on, and after a termination the last
+    reward.
     """
 
     def __init__(self, envs, statistics, gamma):
@@ -141,21 +143,22 @@ class ScaleRewards(gym.vector.VectorWrapper):
         self.gamma = gamma
         self.statistics = statistics
 
-    def reset(self, **options):
+    def reset(self, *, seed=None, options=None):
         self.sums = np.zeros(self.num_envs)
         self.was_done = np.zeros(self.num_envs, bool)
-        return self.env.reset(**options)
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, actions):
         obs, rewards, terminations, truncations, infos = self.env.step(actions)
 
         # Detail C8: scaled rewards. A critic has trouble with returns in the thousands,
-        # so rewards are divided by the deviation of their discounted sum so far. Their
-        # mean is not subtracted, because then it would pay to end episodes early, or
-        # late. The sum begins anew with each episode. ([VecNormalize]; Engstrom et al.
-        # 2020, arXiv:2005.12729, found that it matters.)
+        # so rewards are divided by a running standard deviation. It is that of a sum in
+        # which older rewards of the episode count less, which stands in for the return.
+        # The mean is not subtracted. That would add the same amount to every step, and
+        # so reward or punish staying alive. ([VecNormalize]; Engstrom et al. 2020,
+        # arXiv:2005.12729, found that it matters.)
         self.sums = self.gamma * self.sums + rewards
-        has_played = ~self.was_done  # the others have only begun an episode
+        has_played = ~self.was_done  # the others have only been reset
         if has_played.any():
             self.statistics.update(self.sums[has_played])
         self.was_done = terminations | truncations
@@ -231,9 +234,9 @@ class Agent(ppo.Agent):
         )
 
         # Detail C2: state-independent deviation. How widely to try is learned, but it
-        # is the same in all states, so luck in one of them cannot end the search there.
-        # It is kept as a logarithm, which needs no bounds. At first the deviation is
-        # exp(0) = 1. ([PPO] section 6.1; [baselines])
+        # is the same in all states, so a lucky action in one of them cannot end the
+        # search there. It is kept as a logarithm, which needs no bounds. At first the
+        # deviation is exp(0) = 1. ([PPO] section 6.1; [baselines])
         self.actor_logstd = nn.Parameter(torch.zeros(action_dim))
 
         self.statistics = envs.statistics

@@ -38,8 +38,11 @@ from torch.distributions import Categorical
 import ppo
 from ppo import layer_init
 
+# An LSTM carries two vectors from step to step: c, its memory, and h, its output. Gates
+# say how much of the memory to keep, to add and to show; these are numbers between 0
+# and 1. In this file, "state" means h and c together, and not the s of V(s).
 LSTM_SIZE = 64
-STATE_SIZE = 2 * LSTM_SIZE  # the LSTM's h and c, one after the other
+STATE_SIZE = 2 * LSTM_SIZE
 
 
 class PositionsOnly(gym.ObservationWrapper):
@@ -105,7 +108,8 @@ class StateInObservation(gym.vector.VectorWrapper):
     def reset(self, *, seed=None, options=None):
         obs, infos = self.env.reset(seed=seed, options=options)
         # Detail L2: a state of zeros at first. There is nothing to remember yet.
-        # ([baselines], common/models.py)
+        # (Detail L3 would clear any other state, too, as is_first is 1.) ([baselines],
+        # common/models.py)
         state = np.zeros((self.num_envs, STATE_SIZE), np.float32)
         is_first = np.ones((self.num_envs, 1), np.float32)
         return np.concatenate([obs, state, is_first], axis=1), infos
@@ -119,10 +123,12 @@ class StateInObservation(gym.vector.VectorWrapper):
         # Where an episode has ended, both its last observation and the first one of the
         # next episode get the state. Only the first one gets a 1, which clears it.
         if "final_obs" in infos:
-            final_obs = infos["final_obs"]
-            not_first = np.zeros(1, np.float32)
+            final_obs = np.full(self.num_envs, None)
+            is_first = np.zeros(1, np.float32)
             for i in np.flatnonzero(done):
-                final_obs[i] = np.concatenate([final_obs[i], state[i], not_first])
+                own = infos["final_obs"][i]
+                final_obs[i] = np.concatenate([own, state[i], is_first])
+            infos["final_obs"] = final_obs
 
         is_first = done[:, None].astype(np.float32)
         obs = np.concatenate([obs, state, is_first], axis=1)
@@ -137,8 +143,9 @@ class Agent(ppo.Agent):
 
     # Detail L4: whole environments in a minibatch. Whether it was worth remembering
     # something shows only later. So the steps of an environment stay together, in their
-    # order, and update() deals whole environments into the minibatches. ([baselines],
-    # ppo2/ppo2.py)
+    # order, and update() deals whole environments into the minibatches. By default
+    # there is one minibatch, so each epoch is one step with the whole batch.
+    # ([baselines], ppo2/ppo2.py)
     has_memory = True
 
     def __init__(self, envs):
@@ -149,10 +156,10 @@ class Agent(ppo.Agent):
         self.network = nn.Sequential(layer_init(nn.Linear(self.own_dim, 64)), nn.Tanh())
 
         # Detail L1: initialization of the LSTM. Its weights are orthogonal with gain 1,
-        # so that the inputs of its four gates, taken together, are as long as what
-        # comes in. The biases are 0, so at first every gate is about half open. What to
-        # keep and what to forget has to be learned. ([baselines], a2c/utils.py, which
-        # gives no reason)
+        # which keeps the length of the vectors that come in, as in detail 2. Its biases
+        # are 0, so at first the gates are near sigmoid(0) = 0.5, and about half of the
+        # memory is kept in each step. How much to keep is learned. ([baselines],
+        # a2c/utils.py, which gives no reason)
         self.lstm = nn.LSTM(64, LSTM_SIZE)
         for name, parameter in self.lstm.named_parameters():
             if "weight" in name:
@@ -177,22 +184,24 @@ class Agent(ppo.Agent):
         # Detail L5: states that are computed anew. A stored state is only numbers. No
         # gradient flows through it, and once the parameters have changed, it is out of
         # date. So the update computes all states again from the first one, and the
-        # gradient flows back to the beginning of the episode or of the rollout. The
-        # first state itself is from before the rollout, and stays as it was.
-        # ([baselines], ppo2/ppo2.py)
+        # gradient flows back to the beginning of the episode or of the rollout. Only
+        # the first state, from before the rollout, is not computed again, and so is out
+        # of date in later epochs. ([baselines], ppo2/ppo2.py)
         h, c = state[:1].split(LSTM_SIZE, dim=-1)  # (1, batch, LSTM_SIZE) each
 
-        # The LSTM takes all steps up to the next one in which some episode begins in
-        # one call. That is much faster than a call for each step.
+        # One call of the LSTM handles many steps, which is much faster than a call for
+        # each. It ends before the next step in which an episode begins anywhere.
         num_steps = len(obs)
         has_first = is_first.flatten(1).any(dim=1).tolist()
         cuts = [step for step in range(1, num_steps) if has_first[step]]
+        starts = [0, *cuts]
+        ends = [*cuts, num_steps]
 
         outputs = []
-        for start, end in zip([0, *cuts], [*cuts, num_steps], strict=True):
-            # Detail L3: reset where an episode begins. What the agent remembers of the
-            # old episode would only mislead it in the new one. ([baselines],
-            # a2c/utils.py)
+        for start, end in zip(starts, ends, strict=True):
+            # Detail L3: reset where an episode begins. There, h and c become 0. What
+            # the agent remembers of the old episode would only mislead it in the new
+            # one. ([baselines], a2c/utils.py)
             h = h * (1 - is_first[start])
             c = c * (1 - is_first[start])
             output, (h, c) = self.lstm(features[start:end], (h, c))
@@ -200,7 +209,7 @@ class Agent(ppo.Agent):
         return torch.cat(outputs), torch.cat([h[0], c[0]], dim=-1)
 
     def get_value(self, obs):
-        hidden, _ = self.remember(obs[None])
+        hidden, _ = self.remember(obs[None])  # a sequence of one step
         return self.critic(hidden[0]).squeeze(-1)
 
     def get_policy(self, hidden):

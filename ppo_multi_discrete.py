@@ -15,9 +15,8 @@ for example:
 
 An environment tells which choices are valid in one of two ways: by its infos, as
 info["action_mask"], in reset() and in every step(), or by a method action_masks(). A
-mask is a row of 0 and 1, for all
-choices of the first part, then for those of the second, and so on. It may also be given
-as one array for each part.
+mask is a row of 0 and 1, for all choices of the first part, then for those of the
+second, and so on. It may also be given as one array for each part.
 
 Sources are named as in ppo.py. [Masks] is Huang and Ontanon 2020, arXiv:2006.14171.
 """
@@ -263,12 +262,14 @@ class Agent(ppo.Agent):
 
         # Detail M2: masks. Where an action is not valid, its logit becomes -1e8. So its
         # probability is exactly 0, and so is the gradient of its logit: the agent
-        # neither tries it nor has to learn that it is no use. The update needs the same
-        # masks as the rollout, or the ratio would compare two different policies.
-        # ([Masks])
+        # neither tries it nor has to learn that it is no use. (With minus infinity, 0
+        # times it would be no number.) The update needs the same masks as the rollout,
+        # or the ratio would compare two different policies. It has them, as they are a
+        # part of the observation. ([Masks])
         #
         # A part may have no valid choice at all, where an environment only waits or has
-        # ended. Such a part stays unmasked.
+        # ended. Such a part stays unmasked, because beside -1e8 the logarithm of a
+        # probability would be lost in rounding.
         masked_parts = []
         for part in mask.split(self.sizes, dim=-1):
             has_choice = part.any(dim=-1, keepdim=True)

@@ -3,7 +3,7 @@
     python ppo_pixels.py
     python ppo_pixels.py --env-id my_module:MyGame-v0 --frame-stack 4
 
-Observations may be gray or have channels, first or last, in bytes or in real numbers.
+Pictures may be gray or have channels, first or last, in bytes or in real numbers.
 From a Dict, its one picture is taken, and the rest is left out. The actions are
 numbered. All flags are those of ppo.py, and one more, --frame-stack, which shows the
 last pictures together, so that the agent sees what moves. By default this program plays
@@ -38,7 +38,7 @@ import ppo
 import ppo_atari
 from ppo import layer_init
 
-LARGEST = 96  # pixels that the longer side may have
+LARGEST = 96  # the longest side in pixels; larger pictures are made smaller
 
 
 class Catch(gym.Env):
@@ -186,24 +186,24 @@ class Agent(ppo_atari.Agent):
         space = envs.single_observation_space
         self.low = float(space.low.min())
         self.range = float(space.high.max()) - self.low
-        if not np.isfinite(self.range):  # a space without limits: values stay
+        if not self.range < 1e30:  # a space without limits: values stay
             self.low = 0.0
             self.range = 1.0
 
     def make_convolutions(self, shape):
         # The large filters of ppo_atari.py need pictures of 36 pixels or more. They
-        # reach the last row and column only of some sizes, such as 36, 44 and 84. So
-        # others get a margin.
+        # cover all of a side only if dividing it by 8 leaves 4, as with 36, 44 and 84.
+        # Others get up to 7 zeros at the right and at the bottom.
         channels, height, width = shape
         if min(height, width) >= 36:
             margin = nn.ZeroPad2d((0, (36 - width) % 8, 0, (36 - height) % 8))
             return nn.Sequential(margin, *super().make_convolutions(shape))
 
         # In smaller pictures each pixel matters, so the filters are small, and padding
-        # lets them see the borders. Some use only the lowest values of their range, as
-        # MiniGrid's, from 0 to 10 of 255. The normalization over all channels and
-        # places brings what is seen in them to the size of what is seen in others.
-        # (Ba et al. 2016, arXiv:1607.06450)
+        # lets them see the borders. Some pictures use little of their range: those of
+        # MiniGrid go from 0 to 10 of 255. The last layer but one normalizes what was
+        # seen, over all channels and places, to the same size for all of them. (Ba et
+        # al. 2016, arXiv:1607.06450)
         return nn.Sequential(
             layer_init(nn.Conv2d(channels, 16, kernel_size=3, padding=1)),
             nn.ReLU(),
@@ -216,7 +216,7 @@ class Agent(ppo_atari.Agent):
         )
 
     def scale(self, obs):
-        # As in detail A9, but bytes are not the only way to draw a picture.
+        # As in detail A9, with the range of the space instead of 0 to 255.
         return (obs.float() - self.low) / self.range
 
 
