@@ -1092,7 +1092,7 @@ def vectorize(make_env, args, seed, autoreset_mode, video=None, render_mode=None
 class PlainArrays(gym.vector.VectorWrapper):
     """Turns what a batch returns into arrays that PyTorch can read.
 
-    Some batches return lists or tensors, or arrays that are turned around.
+    Some batches return lists or tensors, or arrays with negative strides.
     """
 
     def reset(self, *, seed=None, options=None):
@@ -1205,7 +1205,7 @@ def make_thunk(make_env, args, seed, index, video, render_mode):
             env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
         if video:
             check_render_mode(env)
-            # Without it, the library that draws prints an error that looks like ours.
+            # Without it, SDL, which draws, prints a line that looks like our errors.
             os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
             env = gym.wrappers.RecordVideo(env, **video)
         if in_worker:
@@ -1241,7 +1241,7 @@ def check_render_mode(env):
 
 
 class FirstStep(gym.Wrapper):
-    """Looks at the first step of an environment, and then gets out of the way."""
+    """Looks at the first step of an environment, and at what its resets change."""
 
     def reset(self, **options):
         result = self.env.reset(**options)
@@ -1408,25 +1408,12 @@ def check_actions(args, envs):
     actions = envs.single_action_space
     if isinstance(actions, gym.spaces.Discrete) and actions.start == 0:
         return
-    advice = "a wrapper has to turn them into numbers: gym.wrappers.TransformAction"
-    if isinstance(actions, gym.spaces.Box):
-        if len(actions.shape) == 1 and not has_integers(actions):
-            advice = "for these there is ppo_continuous_action.py"
-    elif has_numbered_parts(actions):
-        advice = "for these there is ppo_multi_discrete.py"
     raise RunEnded(
-        f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0 "
-        f"({advice})"
+        f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0. "
+        "There is ppo_continuous_action.py for a Box of real numbers in one row, and "
+        "ppo_multi_discrete.py for MultiDiscrete, MultiBinary or a Tuple of Discrete. "
+        "Others need a wrapper: gym.wrappers.TransformAction"
     )
-
-
-def has_numbered_parts(actions):
-    """Whether ppo_multi_discrete.py knows such actions."""
-    spaces = gym.spaces
-    if isinstance(actions, spaces.Tuple):
-        return all(isinstance(part, spaces.Discrete) for part in actions)
-    numbered = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-    return isinstance(actions, numbered)
 
 
 def check_flat(args, envs):
@@ -1699,8 +1686,8 @@ class Logger:
         if not self.args.resume:
             self.make_run_folder()
             self.lock = lock_folder(self.run_folder)
-        # Points that a killed run has logged after its checkpoint are hidden.
         threads = threading.enumerate()
+        # purge_step hides what a killed run has logged after its checkpoint.
         self.writer = SummaryWriter(
             self.run_folder, purge_step=self.args.first_step + 1
         )
@@ -1744,6 +1731,8 @@ class Logger:
             ) from error
         self.wandb = wandb
         self.wandb_id = run.id
+        if self.args.resume:  # no sweep does that
+            return
         try:
             check_config(self.args, run.config)
         except RunEnded:
@@ -1908,17 +1897,14 @@ def check_config(args, config):
     A sweep writes its values into this table. The program gets them only if the sweep's
     command passes them on.
     """
-    grows = ["total_timesteps", "num_updates", "first_step", "env_seed", "resume"]
     flags = vars(args)
     for key, in_table in config.items():
         name = key.replace("-", "_")
-        if name not in flags or (args.resume and name in grows):
-            continue
-        value = flags[name]
-        if not same_setting(in_table, value):
+        if name in flags and not same_setting(in_table, flags[name]):
             raise RunEnded(
-                f"W&B shows {name}={in_table}, but the run has {value}. In a sweep, "
-                "the command must end in ${args}, and not in ${args_no_boolean_flags}."
+                f"W&B shows {name}={in_table}, but the run has {flags[name]}. In a "
+                "sweep, the command must end in ${args}, and not in "
+                "${args_no_boolean_flags}."
             )
 
 
@@ -1931,10 +1917,11 @@ def same_setting(one, other):
 
 
 def lock_folder(folder):
-    """Keep other runs out of this folder for as long as this process lives.
+    """Keep other runs out of this folder.
 
-    Returns a file descriptor; closing it unlocks the folder. Raises RunEnded if another
-    process has locked it. Does nothing where the system has no such locks.
+    Returns a file descriptor. The folder is locked until this is closed, or until the
+    process is gone. Raises RunEnded if another process has locked it. Does nothing
+    where the system has no such locks.
     """
     try:
         import fcntl  # not on Windows

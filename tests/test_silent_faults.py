@@ -209,15 +209,6 @@ def test_a_value_that_means_the_same_is_no_difference(table):
     ppo.check_config(ppo.parse_args([]), vars(ppo.parse_args([])) | table)
 
 
-def test_what_grows_in_a_resumed_run_is_no_difference(run):
-    folder = run("--total-timesteps 512").folder
-    table = ppo.load_checkpoint(folder)["args"]
-    argv = ["--resume", str(folder), "--total-timesteps", "1024"]
-    ppo.check_config(ppo.parse_args(argv), table)
-    with pytest.raises(ppo.RunEnded, match="total_timesteps=512"):
-        ppo.check_config(ppo.parse_args(argv[2:]), table)
-
-
 def test_a_sweep_whose_command_drops_the_values_leaves_no_run_behind(workdir):
     """As `wandb agent` starts it, but without ${args}."""
     Path("sweep.yaml").write_text("wandb_version: 1\nlearning-rate: {value: 0.1}\n")
