@@ -4,11 +4,16 @@
     python -m benchmark.learning        # about four hours on two cores
     python -m benchmark.plots           # then draws what was saved
 
-A second call goes on where one stopped. There are five studies. "learning" is 500,000
+A second call goes on where one stopped. There are eight studies. "learning" is 500,000
 steps on three environments, beside published figures of other implementations.
 "example" is LunarLander with settings of its own. "ablations" is 100,000 steps on two
 environments, each time with one detail switched off (or a bonus on) and all else as by
-default. "continuous" and "atari" are the variants. Each run has one torch thread.
+default. "continuous" and "atari" are the variants. "memory" and "masks" are two more,
+beside the programs of sb3-contrib, and "pixels" is one beside ppo.py. Each run has one
+torch thread.
+
+Programs are compared in speed only within "memory" and "masks", and seed by seed. With
+--workers 1 they take turns, so whatever else the machine does meets them alike.
 
 Every episode is saved: results/<study>/<environment>__<variant>.csv.gz has those of all
 seeds. The tables are results/learning.md and ablations.md. --table-only makes them of
@@ -17,7 +22,6 @@ the saved episodes.
 
 import gzip
 import itertools
-import math
 import os
 from dataclasses import dataclass, field
 
@@ -25,9 +29,20 @@ import numpy as np
 
 import ppo_atari
 import ppo_continuous_action
+import ppo_memory
+import ppo_multi_discrete
+import ppo_pixels
 from benchmark import runs
 from benchmark.details import DETAILS
-from benchmark.measures import WINDOWS, curve_mean, interval, last_100, table
+from benchmark.measures import (
+    WINDOWS,
+    curve_mean,
+    interval,
+    last_100,
+    quotients,
+    spread,
+    table,
+)
 from benchmark.runs import ROOT
 
 
@@ -38,6 +53,21 @@ class Program:
     name: str
     flags: str = ""
     defaults: dict = field(default_factory=dict)  # of flags, as the program has them
+    start: list = field(default_factory=list)  # if it is not the file of this name
+    label: str = ""  # in tables, if it is not the name with the flags
+    seeds: int = 10  # at most, where a program is slow
+    add_flags: object = None  # as for ppo.parse_args, if it has flags of its own
+
+    @property
+    def row(self):
+        """How a row of the table is called."""
+        return self.label or f"**{self.name}** {self.flags}".strip()
+
+
+def as_flags(defaults, **others):
+    """The flags that give ppo.py the defaults of a variant, but for some others."""
+    values = defaults | others
+    return " ".join(f"--{key.replace('_', '-')} {values[key]}" for key in values)
 
 
 LUNAR_LANDER = (
@@ -52,6 +82,52 @@ PROGRAMS = {
         "ppo_continuous_action.py", defaults=ppo_continuous_action.DEFAULTS
     ),
     "atari": Program("ppo_atari.py", defaults=ppo_atari.DEFAULTS),
+    "memory": Program("ppo_memory.py", defaults=ppo_memory.DEFAULTS),
+    "no_memory": Program(
+        "ppo.py",
+        as_flags(
+            ppo_memory.DEFAULTS,
+            exp_name="ppo",
+            env_id="ppo_memory:CartPoleWithoutVelocities-v0",
+        ),
+        label="**ppo.py**, same settings",
+    ),
+    "recurrent": Program(
+        "RecurrentPPO",
+        defaults=ppo_memory.DEFAULTS,
+        start=["-m", "benchmark.sb3_contrib_peers", "recurrent"],
+        label="sb3-contrib's RecurrentPPO, same settings",
+        seeds=3,
+    ),
+    "masks": Program(
+        "ppo_multi_discrete.py",
+        defaults=ppo_multi_discrete.DEFAULTS,
+        add_flags=ppo_multi_discrete.add_flags,
+    ),
+    "no_masks": Program(
+        "ppo_multi_discrete.py",
+        "--no-masks",
+        defaults=ppo_multi_discrete.DEFAULTS,
+        add_flags=ppo_multi_discrete.add_flags,
+    ),
+    "maskable": Program(
+        "MaskablePPO",
+        defaults=ppo_multi_discrete.DEFAULTS,
+        add_flags=ppo_multi_discrete.add_flags,
+        start=["-m", "benchmark.sb3_contrib_peers", "maskable"],
+        label="sb3-contrib's MaskablePPO, same settings",
+    ),
+    "pixels": Program(
+        "ppo_pixels.py",
+        defaults=ppo_pixels.DEFAULTS,
+        add_flags=ppo_pixels.add_flags,
+    ),
+    "flat": Program(
+        "ppo.py",
+        "--env-id ppo_pixels:Catch-v0 --total-timesteps 100000 --num-envs 8 "
+        "--clip-coef 0.1",
+        label="**ppo.py**, same settings",
+    ),
 }
 
 
@@ -66,6 +142,7 @@ class Study:
     seeds: int
     env_ids: list
     variants: list
+    compares_speed: bool = False  # of its programs with that of the first one
 
 
 STUDIES = {
@@ -99,6 +176,26 @@ STUDIES = {
         env_ids=["ALE/Breakout-v5"],
         variants=["atari"],
     ),
+    "memory": Study(
+        steps=100_000,
+        seeds=10,
+        env_ids=["CartPoleWithoutVelocities-v0"],
+        variants=["memory", "no_memory", "recurrent"],
+        compares_speed=True,
+    ),
+    "masks": Study(
+        steps=100_000,
+        seeds=10,
+        env_ids=["Sorting-v0"],
+        variants=["masks", "no_masks", "maskable"],
+        compares_speed=True,
+    ),
+    "pixels": Study(
+        steps=100_000,
+        seeds=3,
+        env_ids=["Catch-v0"],
+        variants=["pixels", "flat"],
+    ),
 }
 
 # Mean and deviation as they were published, at 500,000 steps if nothing else is said.
@@ -120,7 +217,16 @@ PUBLISHED = {
     "ALE/Breakout-v5": {ATARI: "414.66 ± 28.09"},
     "ALE/Pong-v5": {ATARI: "20.36 ± 0.20"},
 }
-PACKAGES = ["torch", "numpy", "gymnasium", "box2d", "mujoco", "ale-py"]
+PACKAGES = [
+    "torch",
+    "numpy",
+    "gymnasium",
+    "box2d",
+    "mujoco",
+    "ale-py",
+    "stable_baselines3",
+    "sb3_contrib",
+]
 
 
 # The runs
@@ -133,30 +239,39 @@ def keys(studies, seeds):
     for seed in range(1, seeds + 1):
         for name in studies:
             study = STUDIES[name]
-            if seed <= study.seeds:
-                for env_id, variant in itertools.product(study.env_ids, study.variants):
+            for env_id, variant in itertools.product(study.env_ids, study.variants):
+                if seed <= seeds_of(study, variant):
                     found.append((name, env_id, variant, seed))
     return found
+
+
+def seeds_of(study, variant):
+    """How many runs of a program or a detail a study has."""
+    if variant in PROGRAMS:
+        return min(study.seeds, PROGRAMS[variant].seeds)
+    return study.seeds
 
 
 def command(study, env_id, variant, seed, divisor=1):
     """The command of a run, after the word python."""
     if study == "ablations":
         start = ["-m", "benchmark.details", variant]
-        flags, defaults = "", {}
+        flags, defaults, add_flags = "", {}, None
     else:
         program = PROGRAMS[variant]
-        start = [ROOT / program.name]
+        start = program.start or [ROOT / program.name]
         flags, defaults = program.flags, program.defaults
-    steps = runs.shorten(STUDIES[study].steps, divisor, flags, **defaults)
+        add_flags = program.add_flags
+    steps = STUDIES[study].steps
+    steps = runs.shorten(steps, divisor, flags, add_flags=add_flags, **defaults)
     return [
         *start,
         f"--env-id={env_id}",
+        *flags.split(),
         f"--seed={seed}",
         f"--total-timesteps={steps}",
         "--no-cuda",
         "--checkpoint-interval=0",
-        *flags.split(),
     ]
 
 
@@ -195,9 +310,12 @@ def save_run(results, study, env_id, variant, seed, episodes):
 
 
 def read_facts(results):
-    """Where and when each study was run, and how runs failed; those run once more."""
-    default = {"machines": {}, "failed": {}}
-    return runs.read_json(results / "learning_facts.json", default)
+    """Where and when each study was run, how fast, and how runs failed.
+
+    Those that failed run once more.
+    """
+    facts = {"machines": {}, "failed": {}, "steps_per_second": {}}
+    return facts | runs.read_json(results / "learning_facts.json", {})
 
 
 def run_all(results, studies, seeds, workers, divisor=1):
@@ -218,6 +336,8 @@ def run_all(results, studies, seeds, workers, divisor=1):
             facts["failed"][name] = run.error or "no episode ended"
         else:
             save_run(results, *key, run.episodes)
+            if STUDIES[key[0]].compares_speed:
+                facts["steps_per_second"][name] = run.steps_per_second
         machines = facts["machines"].setdefault(key[0], {})
         runs.note_machine(machines, PACKAGES)
         runs.write_json(results / "learning_facts.json", facts)
@@ -248,7 +368,7 @@ def effect(results, env_id, variant, function):
     return [switched[seed] - default[seed] for seed in switched if seed in default]
 
 
-def learning_tables(results, studies, not_run=()):
+def learning_tables(results, studies, not_run=(), with_speed=False):
     """One row for each program and environment, and one column for each of these."""
     summary = []
     columns = {}
@@ -257,10 +377,14 @@ def learning_tables(results, studies, not_run=()):
             for variant in STUDIES[study].variants:
                 program = PROGRAMS[variant]
                 values = measure(results, study, env_id, variant, last_100)
-                columns[f"{env_id} {program.flags}".strip()] = values
+                name = program.label or program.flags
+                columns[f"{env_id} {name}".strip()] = values
                 if values:
-                    name = f"**{program.name}** {program.flags}".strip()
-                    summary.append([env_id, name, *describe_runs(values)])
+                    cells = [env_id, program.row, *describe_runs(values)]
+                    if with_speed:
+                        ratios = speed_ratios(results, study, env_id, variant)
+                        cells.append(describe_ratios(ratios))
+                    summary.append(cells)
             summary += published_rows(env_id)
     for env_id in not_run:
         summary += published_rows(env_id)
@@ -277,6 +401,8 @@ def learning_tables(results, studies, not_run=()):
         "mean ± deviation",
         "95 % interval of the mean",
     ]
+    if with_speed:
+        header.append("SPS, first program : it")
     runs_table = table(["seed", *columns], per_seed)
     return f"{table(header, summary)}\n\nRun by run:\n\n{runs_table}"
 
@@ -284,10 +410,35 @@ def learning_tables(results, studies, not_run=()):
 def describe_runs(values):
     """How many there are, their mean and deviation, and the interval of the mean."""
     values = list(values.values())
-    deviation = np.std(values, ddof=1) if len(values) > 1 else math.nan
+    if len(values) < 2:
+        mean = "".join(f"{value:.2f}" for value in values)
+        return [len(values), mean, ""]
     low, high = interval(values)
-    mean = f"{np.mean(values):.2f} ± {deviation:.2f}"
+    mean = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
     return [len(values), mean, f"{low:.2f} to {high:.2f}"]
+
+
+def speed_ratios(results, study, env_id, variant):
+    """The speed of a study's first program divided by this one's, seed by seed."""
+    first = STUDIES[study].variants[0]
+    if variant == first:
+        return []
+    speeds = read_facts(results)["steps_per_second"]
+    ours = []
+    theirs = []
+    for seed in range(1, STUDIES[study].seeds + 1):
+        our_name = f"{study} {env_id} {first} {seed}"
+        their_name = f"{study} {env_id} {variant} {seed}"
+        if our_name in speeds and their_name in speeds:
+            ours.append(speeds[our_name])
+            theirs.append(speeds[their_name])
+    return quotients(ours, theirs)
+
+
+def describe_ratios(ratios):
+    if len(ratios) > 1:
+        return spread(ratios, 2)
+    return "".join(f"{ratio:.2f}" for ratio in ratios)
 
 
 def published_rows(env_id):
@@ -364,6 +515,22 @@ Default flags; {continuous_steps:,} steps of the robots, {atari_steps:,} (2,000,
 frames) of the game.
 
 {variants}
+
+## Memory, masks and pictures
+
+{made_memory}
+
+{memory_steps:,} steps, default flags but for those named. No figure here is a \
+published one: RecurrentPPO and MaskablePPO
+are run here, too, by `python -m benchmark.sb3_contrib_peers`.
+
+{memory}
+
+"SPS, first program : it" tells how many times as many steps per second the first \
+program of the environment plays,
+without imports and set-up. The programs ran one at a time and in turn, beside other \
+work of the machine. Each ratio is
+taken within a seed; where there are several, their median (smallest to largest).
 """
 
 ABLATIONS_TEXT = """# Ablations
@@ -409,6 +576,9 @@ def write_tables(results):
         continuous_steps=STUDIES["continuous"].steps,
         atari_steps=STUDIES["atari"].steps,
         variants=learning_tables(results, ["continuous", "atari"], ["ALE/Pong-v5"]),
+        made_memory=made("memory", "masks", "pixels"),
+        memory_steps=STUDIES["memory"].steps,
+        memory=learning_tables(results, ["memory", "masks", "pixels"], with_speed=True),
     )
     env_ids = STUDIES["ablations"].env_ids
     ablation_tables = [ablation_table(results, env_id) for env_id in env_ids]

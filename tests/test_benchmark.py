@@ -16,6 +16,9 @@ from conftest import ROOT, scalars
 
 import ppo
 import ppo_continuous_action
+import ppo_memory
+import ppo_multi_discrete
+import ppo_pixels
 from benchmark import details, learning, measures, runs, scaling, study, throughput
 from benchmark.details import DETAILS
 
@@ -345,11 +348,15 @@ def test_what_is_saved_makes_the_saved_tables(benchmark, tables, tmp_path):
 
 def test_every_run_of_learning_is_started_as_its_study_says():
     keys = learning.keys(learning.STUDIES, seeds=3)
-    assert len(keys) == len(set(keys)) == (6 + 28 + 1 + 4) * 3 + 2
+    assert len(keys) == len(set(keys)) == (6 + 28 + 1 + 4 + 3 + 3 + 2) * 3 + 2
     for study_name, env_id, variant, seed in keys:
         command = learning.command(study_name, env_id, variant, seed)
         if study_name == "ablations":
             assert command[:3] == ["-m", "benchmark.details", variant]
+            flags = command[3:]
+        elif variant in ("recurrent", "maskable"):
+            assert command[:3] == ["-m", "benchmark.sb3_contrib_peers", variant]
+            assert (ROOT / "benchmark/sb3_contrib_peers.py").exists()
             flags = command[3:]
         else:
             program, *flags = command
@@ -357,11 +364,44 @@ def test_every_run_of_learning_is_started_as_its_study_says():
             assert program.exists()
             bootstraps = "--bootstrap-truncation" in flags
             assert bootstraps == (variant in ("bootstrap_truncation", "lunar_lander"))
-        args = ppo.parse_args(flags)
-        assert args.env_id == env_id
+        args = ppo.parse_args(flags, add_flags=ppo_multi_discrete.add_flags)
+        assert args.env_id.split(":")[-1] == env_id
         assert args.seed == seed
+        assert (args.masks is False) == (variant == "no_masks")
         assert args.total_timesteps == learning.STUDIES[study_name].steps
         assert not args.cuda
+
+
+@pytest.mark.parametrize(
+    "name, variant, own_flags",
+    [("no_memory", ppo_memory, []), ("flat", ppo_pixels, ["frame_stack"])],
+)
+def test_ppo_has_the_settings_of_the_variant_beside_it(name, variant, own_flags):
+    defaults = dict(variant.DEFAULTS)
+    for flag in own_flags:
+        del defaults[flag]
+    expected = ppo.parse_args([], **defaults)
+    args = ppo.parse_args(learning.PROGRAMS[name].flags.split())
+    assert args.exp_name == "ppo"
+    assert args.env_id == f"{variant.__name__}:{expected.env_id}"
+    expected.exp_name = args.exp_name
+    expected.env_id = args.env_id
+    assert args == expected
+
+
+def test_speeds_are_compared_seed_by_seed(tmp_path):
+    env_id = "Sorting-v0"
+    speeds = {
+        f"masks {env_id} masks 1": 300,
+        f"masks {env_id} masks 2": 100,
+        f"masks {env_id} no_masks 1": 200,
+    }
+    runs.write_json(tmp_path / "learning_facts.json", {"steps_per_second": speeds})
+    assert learning.speed_ratios(tmp_path, "masks", env_id, "masks") == []
+    assert learning.speed_ratios(tmp_path, "masks", env_id, "no_masks") == [1.5]
+    assert learning.describe_ratios([1.5]) == "1.50"
+    assert learning.describe_ratios([1.5, 1, 2]) == "1.50 (1.00 to 2.00)"
+    assert learning.describe_ratios([]) == ""
 
 
 def test_learning_goes_on_where_it_stopped_and_tells_what_failed(

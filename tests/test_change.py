@@ -235,6 +235,7 @@ def test_a_table(shell, capsys):
 def test_a_loop_of_the_shell(session):
     loop, _ = blocks("Several seeds and rates", "sh")
     loop = loop.replace("--exp-name", "--total-timesteps 512 --exp-name")
+    loop = loop.replace("in 1 2 3;", "in 1 2;")  # each start takes seconds
     folder = Path(sys.executable).parent
     subprocess.run(
         ["bash", "-eux", "-c", loop],
@@ -242,7 +243,7 @@ def test_a_loop_of_the_shell(session):
         check=True,
         timeout=600,
     )
-    assert len(list(Path("runs").glob("*__sweep__*/checkpoint.pt"))) == 6
+    assert len(list(Path("runs").glob("*__sweep__*/checkpoint.pt"))) == 4
 
 
 def test_an_agent_in_a_session_and_its_actor_alone(run):

@@ -80,8 +80,8 @@ def test_every_flag_that_is_named_exists(capsys):
             parse_args(["--help"])
     flags = set(re.findall(r"--[a-z-]+\b", capsys.readouterr().out.replace("-\n", "-")))
     of_other_programs = (
-        "--all-extras --grep --logdir --nnodes --nproc-per-node --reverse --signal "
-        "--signals-to-handle --studies"
+        "--all-extras --grep --logdir --nnodes --no-masks --nproc-per-node --reverse "
+        "--signal --signals-to-handle --studies"
     )
     named = set(re.findall(r"(?<![\w-])--[a-z-]+\b", EVERYTHING))
     assert named <= flags | set(of_other_programs.split())
@@ -190,6 +190,7 @@ def test_tables_of_the_details_are_those_of_the_study():
         ("README.md", "## Speed", "throughput"),
         ("docs/results.md", "## Returns", "learning"),
         ("docs/results.md", "## The variants", "learning"),
+        ("docs/results.md", "## Memory", "learning"),
         ("docs/results.md", "## Speed", "throughput"),
         ("docs/scaling.md", "# Many", "scaling"),
         ("docs/scaling.md", "## The time", "scaling"),
