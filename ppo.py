@@ -1408,12 +1408,25 @@ def check_actions(args, envs):
     actions = envs.single_action_space
     if isinstance(actions, gym.spaces.Discrete) and actions.start == 0:
         return
+    advice = "a wrapper has to turn them into numbers: gym.wrappers.TransformAction"
+    if isinstance(actions, gym.spaces.Box):
+        if len(actions.shape) == 1 and not has_integers(actions):
+            advice = "for these there is ppo_continuous_action.py"
+    elif has_numbered_parts(actions):
+        advice = "for these there is ppo_multi_discrete.py"
     raise RunEnded(
-        f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0. "
-        "There is ppo_continuous_action.py for a Box of real numbers in one row, and "
-        "ppo_multi_discrete.py for MultiDiscrete, MultiBinary or a Tuple of Discrete. "
-        "Others need a wrapper: gym.wrappers.TransformAction"
+        f"--env-id {args.env_id}: its actions are {actions}, not Discrete from 0 "
+        f"({advice})"
     )
+
+
+def has_numbered_parts(actions):
+    """Whether ppo_multi_discrete.py knows such actions."""
+    spaces = gym.spaces
+    if isinstance(actions, spaces.Tuple):
+        return all(isinstance(part, spaces.Discrete) for part in actions)
+    numbered = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+    return isinstance(actions, numbered)
 
 
 def check_flat(args, envs):
