@@ -432,5 +432,6 @@ def test_envpool_s_environments_train_and_resume(workdir, monkeypatch):
     resumed = train(program, "--resume", 60_000)
     assert "note: the environments begin new episodes" in resumed.out
     assert resumed.episodes[0][0] > first.episodes[-1][0]
+    small = "--num-envs 8 --num-steps 16 --num-minibatches 1 --update-epochs 1"
     for program, flags in commands[1:]:
-        train(program, flags, 2048)
+        train(program, f"{flags} {small}", 256)
