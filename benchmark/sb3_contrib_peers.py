@@ -14,10 +14,8 @@ critic, which see the observations at once, and behind each of them two more lay
 """
 
 import sys
-import time
 
 import gymnasium as gym
-import torch
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -25,6 +23,7 @@ from stable_baselines3.common.env_util import make_vec_env
 import ppo
 import ppo_memory
 import ppo_multi_discrete
+from benchmark import stable_baselines3
 
 
 class ActionMasks(gym.Wrapper):
@@ -67,39 +66,14 @@ PEERS = {
 }
 
 
-def train(make_model, args):
-    """Train as the flags say, and print the episodes and the steps per second."""
-    torch.set_num_threads(args.num_threads)
-    model = make_model(
-        args,
-        learning_rate=lambda remaining: remaining * args.learning_rate,
-        n_steps=args.num_steps,
-        batch_size=args.minibatch_size,
-        n_epochs=args.update_epochs,
-        gamma=args.gamma,
-        gae_lambda=args.gae_lambda,
-        clip_range=args.clip_coef,
-        clip_range_vf=args.clip_coef,
-        ent_coef=args.ent_coef,
-        vf_coef=0.5 * args.vf_coef,  # their value loss lacks the factor 0.5
-        max_grad_norm=args.max_grad_norm,
-        tensorboard_log="runs",
-        device="cpu",
-        seed=args.seed,
-    )
-    steps = args.num_updates * args.batch_size
-    start = time.perf_counter()
-    model.learn(steps, callback=PrintEpisodes())
-    print(f"SPS={steps / (time.perf_counter() - start):.0f}")
-
-
 def main(argv=None):
     """Train the program that the first argument names."""
     name, *flags = sys.argv[1:] if argv is None else argv
     if name not in PEERS:
         sys.exit(f"there is no program {name}, only: {', '.join(PEERS)}")
     make_model, defaults = PEERS[name]
-    train(make_model, ppo.parse_args(flags, **defaults))
+    args = ppo.parse_args(flags, **defaults)
+    stable_baselines3.train(args, make_model, PrintEpisodes())
 
 
 if __name__ == "__main__":
