@@ -1194,6 +1194,13 @@ def make_thunk(make_env, args, seed, index, video, render_mode):
                 signal.signal(number, signal.SIG_IGN)  # the main process will stop us
             seed_generators(seed + index)  # or all would draw the same numbers
 
+        if video:
+            # Both of these look for folders, so they come before an environment that
+            # may remove the one it is made in. Without the first, SDL, which draws,
+            # prints a line that looks like our errors. The second loads what writes
+            # videos.
+            os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
+            importlib.import_module("gymnasium.utils.save_video")
         try:
             env = make_env(args, "rgb_array" if video else render_mode)
         except Exception as error:
@@ -1205,8 +1212,6 @@ def make_thunk(make_env, args, seed, index, video, render_mode):
             env = gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
         if video:
             check_render_mode(env)
-            # Without it, SDL, which draws, prints a line that looks like our errors.
-            os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
             env = gym.wrappers.RecordVideo(env, **video)
         if in_worker:
             env = ErrorsAsText(env)

@@ -262,14 +262,14 @@ class Agent(ppo.Agent):
 
         # Detail M2: masks. Where an action is not valid, its logit becomes -1e8. So its
         # probability is exactly 0, and so is the gradient of its logit: the agent
-        # neither tries it nor has to learn that it is no use. (With minus infinity, 0
-        # times it would be no number.) The update needs the same masks as the rollout,
-        # or the ratio would compare two different policies. It has them, as they are a
-        # part of the observation. ([Masks])
+        # neither tries it nor has to learn that it is no use. (-1e8 is the number in
+        # [Masks]; any other that is far below all logits would do.) The update needs
+        # the same masks as the rollout, or the ratio would compare two different
+        # policies. It has them, as they are a part of the observation. ([Masks])
         #
         # A part may have no valid choice at all, where an environment only waits or has
-        # ended. Such a part stays unmasked, because beside -1e8 the logarithm of a
-        # probability would be lost in rounding.
+        # ended. Such a part stays unmasked. With -1e8 everywhere, rounding would lose
+        # the logarithms of its probabilities.
         masked_parts = []
         for part in mask.split(self.sizes, dim=-1):
             has_choice = part.any(dim=-1, keepdim=True)

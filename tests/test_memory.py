@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_results, parse_episodes
-from environments import MODES
+from environments import MODES, Counting, register
 
 import evaluate
 import ppo
@@ -177,6 +177,33 @@ def test_what_does_not_suit_a_memory_is_one_line(fails):
     batch = "--env-id environments:Counting-v0 --vectorization-mode vector_entry_point"
     _, line = fails(batch, main=main)
     assert "resets in the next step" in line
+
+
+class OneArray(Counting):
+    """Gives the last observations as one array, with zeros where no episode ended."""
+
+    def __init__(self, num_envs):
+        super().__init__(num_envs, gym.vector.AutoresetMode.SAME_STEP)
+
+    def step(self, actions):
+        obs, *others, infos = super().step(actions)
+        final_obs = np.zeros_like(obs)
+        for i in np.flatnonzero(infos["_final_obs"]):
+            final_obs[i] = infos["final_obs"][i]
+        infos["final_obs"] = final_obs
+        return obs, *others, infos
+
+
+def test_last_observations_may_be_one_array(train):
+    flags = (
+        f"{SHORT} --vectorization-mode vector_entry_point --bootstrap-truncation "
+        "--env-id "
+    )
+    register(None, vector_entry_point=OneArray)
+    one = train(flags + "Odd-v0").agent
+    other = train(flags + "CountingSameStep-v0").agent
+    for parameter, expected in zip(one.parameters(), other.parameters(), strict=True):
+        assert parameter.equal(expected)
 
 
 @pytest.mark.slow

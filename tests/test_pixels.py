@@ -136,6 +136,14 @@ def test_small_pictures_that_use_the_lowest_values_only_are_seen_as_well():
     assert high.std() > 0.1
 
 
+@pytest.mark.parametrize("limit", [np.inf, np.finfo(np.float32).max])
+def test_values_without_limits_stay_as_they_are(limit):
+    space = gym.spaces.Box(-limit, limit, (1, 10, 10), np.float32)
+    agent = Agent(environments(space, np.zeros(space.shape, np.float32)))
+    picture = torch.rand(1, 1, 10, 10)
+    assert agent.scale(picture).equal(picture)
+
+
 def test_large_pictures_have_the_network_of_atari():
     space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     envs = environments(space, np.zeros(space.shape, np.uint8))

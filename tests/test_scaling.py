@@ -407,7 +407,7 @@ def stop_torchrun(flags, number):
 
 
 @pytest.mark.slow
-def test_envpool_s_environments_train_and_resume(workdir, monkeypatch):
+def test_envpool_s_environments_train_and_resume(workdir):
     pytest.importorskip("envpool")  # .ci/run installs it before it runs this
     page = (ROOT / "docs/scaling.md").read_text()
     section = page.split("## EnvPool\n")[1].split("\n## ")[0]

@@ -239,15 +239,8 @@ WALKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "when, how",
-    [
-        ("constructor", "elsewhere"),
-        ("reset", "one up"),
-        ("step", "elsewhere"),
-        ("step", "to a folder that is gone"),
-    ],
-)
+@pytest.mark.parametrize("how", WALKS)
+@pytest.mark.parametrize("when", ["constructor", "reset", "step"])
 def test_all_files_stay_where_the_run_was_started(when, how, workdir, capsys):
     walked = []
 
